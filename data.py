@@ -1,0 +1,683 @@
+"""Everything the model is shown: the toy world, image pairs from a JSONL file, prompts, and batches.
+
+    python data.py show --data shapes64 --out world.png      a page of examples with their instructions
+    python data.py check pairs.jsonl                         every bad row of a data file, by line number
+
+The toy world is an endless stream that is a pure function of (seed, index). Its scenes are known exactly, so an edit can be
+judged exactly (metrics.py). Prompts follow the paper's Eq. 7 (expressive plans) and Eq. 8 (pause tokens); a tenth of
+them is emptied so that guidance has something to compare with (Sec. 5, setup).
+"""
+import argparse
+import difflib
+import json
+import random
+import re
+import sys
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageOps
+
+from model import PADDING, TEXT, Condition, InputError
+
+# --------------------------------------------------------------------------------------- the toy world: what there is
+
+COLORS = {"red": (0.90, 0.10, 0.10), "green": (0.10, 0.70, 0.20), "blue": (0.15, 0.25, 0.95),
+          "yellow": (0.98, 0.85, 0.10), "purple": (0.60, 0.15, 0.75), "cyan": (0.10, 0.80, 0.90)}
+BACKGROUNDS = {"white": (0.97, 0.97, 0.97), "gray": (0.50, 0.50, 0.50), "black": (0.04, 0.04, 0.04), "brown": (0.45, 0.30, 0.15)}
+LIGHTS = {"day": ((1, 1, 1), (0, 0, 0)),                       # a colour c becomes gain * c + offset
+          "night": ((0.45, 0.45, 0.70), (0, 0, 0)), "sunset": ((0.55, 0.55, 0.55), (0.45, 0.25, 0.10))}
+SHAPES = ("circle", "square", "triangle", "cross", "diamond", "star")
+STYLES = ("filled", "outlined", "striped")
+CORNERS = ("top left", "top right", "bottom left", "bottom right")
+RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}         # (row, column)
+NUMBERS = ("one", "two", "three", "four")
+EDITS = ("add", "remove", "color", "local", "background", "global", "style")                    # Emu-Edit's names
+CAPTIONS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")      # GenEval's six kinds
+
+
+@dataclass(frozen=True)
+class World:
+    size: int                             # pixels of a side
+    grid: int                             # cells of a side; each holds at most one object
+    shapes: tuple
+    sizes: tuple                          # of an object, in pixels
+    objects: int                          # at most, in a source scene
+    edits: tuple
+    complexity: int                       # edits in one instruction, at most
+    captions: float                       # share of text-to-image samples
+
+    @property
+    def cell(self):
+        return self.size // self.grid
+
+
+WORLDS = {"shapes": World(16, 2, SHAPES[:4], (6, 7), 3, EDITS[:5], 1, 0.0),
+          "shapes64": World(64, 4, SHAPES, (10, 12, 14), 6, EDITS, 4, 0.5)}
+
+
+class Thing(NamedTuple):
+    """An object of a scene: what it is, its cell (row, column), its size, and its place inside the cell in pixels."""
+    shape: str
+    color: str
+    cell: tuple
+    size: int
+    y: int
+    x: int
+
+    @property
+    def name(self):
+        return f"{self.color} {self.shape}"
+
+
+class Scene(NamedTuple):
+    background: str
+    light: str
+    style: str
+    things: tuple                         # of Thing, no two of one shape and colour
+
+
+class Edit(NamedTuple):
+    """One atomic edit. `value` is the new colour, shape, background, light or style; `where` a corner, or (relation, name)."""
+    task: str
+    shape: str = ""
+    color: str = ""
+    value: str = ""
+    where: str | tuple = ""
+
+
+# ------------------------------------------------------------------------------------------- drawing
+
+OUTLINES = {"triangle": [(0.5, 0), (1, 1), (0, 1)], "diamond": [(0.5, 0), (1, 0.5), (0.5, 1), (0, 0.5)],
+            "cross": [(.33, 0), (.67, 0), (.67, .33), (1, .33), (1, .67), (.67, .67), (.67, 1), (.33, 1), (.33, .67), (0, .67),
+                      (0, .33), (.33, .33)],
+            "star": [(0.5 + r * np.sin(a), 0.5 - r * np.cos(a)) for r, a in
+                     zip([0.5, 0.22] * 5, np.arange(10) * np.pi / 5)]}
+
+
+@lru_cache(None)
+def sprite(world, shape, style, size, y, x):
+    """How much of each pixel of the cell a thing covers, (cell, cell) in [0, 1]."""
+    def draw(inset):                      # drawn eight times too large and averaged down, for smooth edges
+        canvas = Image.new("L", (8 * world.cell, 8 * world.cell))
+        box = [8 * (x + inset), 8 * (y + inset), 8 * (x + size - inset) - 1, 8 * (y + size - inset) - 1]
+        if shape == "circle":
+            ImageDraw.Draw(canvas).ellipse(box, fill=255)
+        elif shape == "square":
+            ImageDraw.Draw(canvas).rectangle(box, fill=255)
+        else:
+            side = 8 * (size - 2 * inset) - 1
+            ImageDraw.Draw(canvas).polygon([(box[0] + side * u, box[1] + side * v) for u, v in OUTLINES[shape]], fill=255)
+        return np.asarray(canvas.resize((world.cell, world.cell), Image.Resampling.BOX), np.float32) / 255
+    cover = draw(0)
+    if style == "outlined":
+        cover = np.clip(cover - draw(2), 0, 1)
+    if style == "striped":
+        cover = cover * ((np.arange(world.cell) - y) % 3 < 2)[:, None]
+    return cover
+
+
+def lit(color, light):
+    gain, offset = LIGHTS[light]
+    return np.asarray(gain, np.float32) * np.asarray(color, np.float32) + np.asarray(offset, np.float32)
+
+
+def render(world, scene):
+    """Scene -> (size, size, 3) uint8."""
+    ground = lit(BACKGROUNDS[scene.background], scene.light)
+    image = np.tile(ground, (world.size, world.size, 1))
+    for thing in scene.things:
+        row, column = (world.cell * k for k in thing.cell)
+        cover = sprite(world, thing.shape, scene.style, thing.size, thing.y, thing.x)[:, :, None]
+        image[row:row + world.cell, column:column + world.cell] += cover * (lit(COLORS[thing.color], scene.light) - ground)
+    return np.round(image * 255).astype(np.uint8)
+
+
+# ------------------------------------------------------------------------------------------- language
+
+def corner(world, cell):
+    return CORNERS[2 * (cell[0] * 2 // world.grid) + cell[1] * 2 // world.grid]
+
+
+def related(cell, relation, other):
+    """Is `cell` left of, right of, above or below `other`? The larger distance decides, as for a person."""
+    dy, dx = cell[0] - other[0], cell[1] - other[1]
+    row, column = RELATIONS[relation]
+    along, across = (dy * row, dx) if row else (dx * column, dy)
+    return along > 0 and abs(across) <= along
+
+
+def phrase(edit):
+    """Edit -> its instruction."""
+    where = edit.where if isinstance(edit.where, str) else f"{edit.where[0]} the {edit.where[1]}"
+    return {"add": f"add a {edit.color} {edit.shape} {where}".strip(),
+            "remove": f"remove the {edit.color} {edit.shape}",
+            "color": f"make the {edit.color} {edit.shape} {edit.value}",
+            "local": f"make the {edit.color} {edit.shape} a {edit.value}",
+            "background": f"change the background to {edit.value}",
+            "global": f"make it {edit.value}",
+            "style": f"redraw it {edit.value}"}[edit.task]
+
+
+def one_of(words):
+    return "(" + "|".join(words) + ")"
+
+
+C, S = one_of(COLORS), one_of(SHAPES)
+GRAMMAR = {"add": f"add a {C} {S}(?: {one_of(CORNERS)}| {one_of(RELATIONS)} the ({C} {S}))?", "remove": f"remove the {C} {S}",
+           "color": f"make the {C} {S} {C}", "local": f"make the {C} {S} a {S}",
+           "background": f"change the background to {one_of(BACKGROUNDS)}", "global": f"make it {one_of(LIGHTS)}",
+           "style": f"redraw it {one_of(STYLES)}"}
+
+
+def read_instruction(text):
+    """The inverse of phrase, for instructions of one or more edits joined by "and" -> [Edit], or None: not of this world."""
+    edits = []
+    for part in text.strip().lower().split(" and "):
+        task, match = next(((task, m) for task, rule in GRAMMAR.items() if (m := re.fullmatch(rule, part))), (None, None))
+        if match is None:
+            return None
+        words = match.groups()
+        if task == "add":
+            color, shape, place, relation, other = words[:5]
+            edits.append(Edit(task, shape, color, where=(relation, other) if relation else place or ""))
+        elif task in ("background", "global", "style"):
+            edits.append(Edit(task, value=words[0]))
+        else:
+            edits.append(Edit(task, words[1], words[0], words[2] if len(words) > 2 else ""))
+    return edits
+
+
+def plural(number, shape):
+    return f"{number} {shape}" if number == "one" else f"{number} {shape}es" if shape == "cross" else f"{number} {shape}s"
+
+
+def describe(scene):
+    """Scene -> caption."""
+    things = " and ".join(f"a {thing.name}" for thing in scene.things) or "nothing"
+    return f"{things} on a {scene.background} background , {scene.style} , {scene.light}"
+
+
+def plan_of(world, edits, before, after):
+    """The expressive prompt (Eq. 7): up to five steps that say in place what happens, then what stays."""
+    steps, touched = [], []
+    for edit in edits:
+        if edit.task in ("background", "global", "style"):
+            steps.append({"background": f"the background becomes {edit.value}", "global": f"the light becomes {edit.value}",
+                          "style": f"the style becomes {edit.value}"}[edit.task])
+            continue
+        name = f"{edit.color} {edit.shape}"
+        thing = next(t for t in (after if edit.task == "add" else before).things if t.name == name)
+        touched.append(name)
+        place = f"the {name} {corner(world, thing.cell)}"
+        steps.append({"add": f"a {name} appears {corner(world, thing.cell)}", "remove": f"{place} vanishes",
+                      "color": f"{place} becomes {edit.value}", "local": f"{place} becomes a {edit.value}"}[edit.task])
+    steps += [f"keep the {t.name} {corner(world, t.cell)}" for t in before.things if t.name not in touched]
+    return steps[:5]
+
+
+def world_words():
+    text = " ".join([*COLORS, *BACKGROUNDS, *LIGHTS, *SHAPES, *STYLES, *CORNERS, *RELATIONS, *NUMBERS,
+                     *(plural("two", s) for s in SHAPES), "add a remove the make change background to it redraw and",
+                     "nothing on , becomes light style appears vanishes keep"])
+    return sorted(set(text.split()))
+
+
+# ------------------------------------------------------------------------------------------- scenes and edits at random
+
+def held_out(task, shape, color):
+    """The pairs (shape, colour) that training never shows for this task: about one in seven, no whole shape or colour."""
+    number = EDITS.index(task) if task in EDITS else len(EDITS)
+    return (2 * SHAPES.index(shape) + list(COLORS).index(color) + 3 * number) % 7 == 0
+
+
+def random_thing(world, rng, cell, shape=None, color=None):
+    size = rng.choice(world.sizes)
+    return Thing(shape or rng.choice(world.shapes), color or rng.choice(list(COLORS)), cell, size,
+                 rng.randrange(world.cell - size + 1), rng.randrange(world.cell - size + 1))
+
+
+def random_cells(world, rng, n):
+    return [divmod(k, world.grid) for k in rng.sample(range(world.grid**2), n)]
+
+
+def random_scene(world, rng, n, shape=None):
+    """A scene of n things, all of `shape` if that is given."""
+    things = []
+    for cell in random_cells(world, rng, n):
+        taken = [t.name for t in things]
+        while (thing := random_thing(world, rng, cell, shape)).name in taken:
+            pass
+        things.append(thing)
+    return Scene(rng.choice(list(BACKGROUNDS)), rng.choice(list(LIGHTS)) if "global" in world.edits else "day",
+                 rng.choice(STYLES) if "style" in world.edits else "filled", tuple(things))
+
+
+def other(rng, choices, but):
+    return rng.choice([c for c in choices if c != but])
+
+
+def random_edit(world, rng, task, scene, free, names):
+    """One edit of `scene`, on one of the things `free` to be edited, that makes nothing called one of `names`.
+
+    -> (Edit, new Scene), or None if chance led nowhere: the caller draws again.
+    """
+    if task == "background":
+        edit = Edit(task, value=other(rng, BACKGROUNDS, scene.background))
+        return edit, scene._replace(background=edit.value)
+    if task == "global":
+        edit = Edit(task, value=other(rng, LIGHTS, scene.light))
+        return edit, scene._replace(light=edit.value)
+    if task == "style":
+        edit = Edit(task, value=other(rng, STYLES, scene.style))
+        return (edit, scene._replace(style=edit.value)) if scene.things else None
+    if task == "add":
+        empty = [c for c in (divmod(k, world.grid) for k in range(world.grid**2)) if c not in [t.cell for t in scene.things]]
+        if not empty:
+            return None
+        # what is added has the middle size and stands in the middle of its cell, so that there is one right answer
+        size = world.sizes[len(world.sizes) // 2]
+        middle = (world.cell - size) // 2
+        thing = Thing(rng.choice(world.shapes), rng.choice(list(COLORS)), rng.choice(empty), size, middle, middle)
+        where = corner(world, thing.cell)
+        near = [(relation, t.name) for t in free for relation in RELATIONS if related(thing.cell, relation, t.cell)]
+        if world.grid > 2 and near and rng.random() < 0.5:
+            where = rng.choice(near)
+        if thing.name in names:
+            return None
+        return Edit(task, thing.shape, thing.color, where=where), scene._replace(things=scene.things + (thing,))
+    if not free:
+        return None
+    old = rng.choice(free)
+    if task == "remove":
+        return Edit(task, old.shape, old.color), scene._replace(things=tuple(t for t in scene.things if t != old))
+    if task == "color":
+        new = old._replace(color=other(rng, COLORS, old.color))
+        value = new.color
+    else:
+        new = old._replace(shape=other(rng, world.shapes, old.shape))
+        value = new.shape
+    if new.name in names:
+        return None
+    return Edit(task, old.shape, old.color, value), scene._replace(things=tuple(new if t == old else t for t in scene.things))
+
+
+def combinations(edits, scene):
+    """The (task, shape, colour) that a sample teaches: of what an edit makes, or of all things for a whole-image edit."""
+    for edit in edits:
+        if edit.task in ("background", "global", "style"):
+            yield from ((edit.task, t.shape, t.color) for t in scene.things)
+        else:
+            yield (edit.task, edit.value if edit.task == "local" else edit.shape,
+                   edit.value if edit.task == "color" else edit.color)
+
+
+@dataclass
+class Sample:
+    """One example. Images are (h, w, 3) uint8; `images` are the references in the order of their tags."""
+    instruction: str
+    target: np.ndarray
+    images: list = field(default_factory=list)
+    mask: np.ndarray | None = None        # (h, w) bool, True = changed by the edit
+    plan: list = field(default_factory=list)
+    source_caption: str = ""
+    target_caption: str = ""
+    task: str = ""
+    complexity: int = 1
+
+
+class Shapes:
+    """The toy world as an endless data set: sample(index) is a pure function of (world, split, seed, index).
+
+    split: train; iid, the same distribution; novel, each sample with a combination of task, shape and colour that the
+    other two never show.
+    """
+
+    def __init__(self, world, split="train", seed=0):
+        self.world, self.split, self.seed = WORLDS[world], split, seed
+        self.words = world_words()
+
+    def sample(self, index):
+        rng = random.Random(f"{self.seed}/{self.split}/{index}")
+        make = self.caption_sample if rng.random() < self.world.captions else self.edit_sample
+        while True:
+            sample, shown = make(rng)
+            if sample and any(held_out(*c) for c in shown) == (self.split == "novel"):
+                return sample
+
+    def edit_sample(self, rng):
+        world = self.world
+        before = scene = random_scene(world, rng, rng.randint(1, world.objects))
+        edits, free, names = [], list(before.things), {t.name for t in before.things}
+        tasks = list(world.edits)
+        for _ in range(rng.randint(1, world.complexity)):
+            task = rng.choice(tasks)
+            result = random_edit(world, rng, task, scene, free, names)
+            if result is None:
+                return None, ()
+            edit, scene = result
+            edits.append(edit)
+            if task in ("background", "global", "style"):
+                tasks.remove(task)                                     # twice would contradict itself
+            # what one edit made or named, another leaves alone, so the order does not matter
+            named = edit.where[1] if isinstance(edit.where, tuple) else f"{edit.color} {edit.shape}"
+            free = [t for t in free if t.name != named]
+            names |= {t.name for t in scene.things}
+        source, target = render(world, before), render(world, scene)
+        return Sample(" and ".join(map(phrase, edits)), target, [source], (source != target).any(axis=2),
+                      plan_of(world, edits, before, scene), describe(before), describe(scene),
+                      edits[0].task if len(edits) == 1 else "several", len(edits)), combinations(edits, before)
+
+    def caption_sample(self, rng):
+        """Text-to-image with one of GenEval's six kinds of caption."""
+        world, kind = self.world, rng.choice(CAPTIONS)
+        n = {"single_object": 1, "colors": 1, "counting": rng.randint(1, len(NUMBERS))}.get(kind, 2)
+        scene = random_scene(world, rng, n, rng.choice(world.shapes) if kind == "counting" else None)
+        a, b = scene.things[0], scene.things[-1]
+        if kind in ("two_object", "position") and a.shape == b.shape:
+            return None, ()
+        if kind == "position":
+            relations = [r for r in RELATIONS if related(a.cell, r, b.cell)]
+            caption = f"a {a.shape} {rng.choice(relations)} a {b.shape}"
+        else:
+            caption = {"single_object": f"a {a.shape}", "two_object": f"a {a.shape} and a {b.shape}",
+                       "counting": plural(NUMBERS[n - 1], a.shape), "colors": f"a {a.name}",
+                       "color_attr": f"a {a.name} and a {b.name}"}[kind]
+        return Sample(caption, render(world, scene), target_caption=caption, task=kind), \
+            [("caption", t.shape, t.color) for t in scene.things]
+
+
+# ------------------------------------------------------------------------------------------- image pairs from files
+
+MOST_PIXELS = 2**26                       # 67 megapixels, 8192 x 8192: more is refused before it is decoded
+Image.MAX_IMAGE_PIXELS = None             # Pillow's own, looser limit: ours stands in its place
+
+
+def open_image(path):
+    """Any still image that Pillow reads, as an upright RGB Image; alpha goes onto white, 16 bits become 8."""
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise InputError(f"{path}: {image.width} x {image.height} pixels are too many to decode safely; "
+                                 f"at most {MOST_PIXELS}. Scale it down first.")
+            if getattr(image, "n_frames", 1) > 1:
+                raise InputError(f"{path}: an animation of {image.n_frames} frames; a still image is needed. Save one frame of it.")
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):                             # 16-bit gray: Pillow's own conversion clips it
+                image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise InputError(f"{path}: there is no such image") from None
+    except (OSError, SyntaxError, ValueError, EOFError) as error:      # what Pillow's decoders raise on broken files
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: not an image that can be read ({error})") from None
+
+
+def read_rows(path):
+    """A JSONL file of image pairs -> [(line number, row)], image paths made absolute. A bad row raises, with its line.
+
+    A row: instruction, input_images (list, may be empty), output_image; optionally mask, plan (list of steps),
+    source_caption, target_caption, task. Paths are relative to the file. OmniGen's rows have this form.
+    """
+    rows = []
+    for number, row in rows_or_errors(path):
+        if isinstance(row, InputError):
+            raise row
+        rows.append((number, row))
+    if not rows:
+        raise InputError(f"{path}: no rows")
+    return rows
+
+
+TYPES = {"instruction": str, "input_images": list, "output_image": str, "mask": str, "plan": list, "source_caption": str,
+         "target_caption": str, "task": str}
+
+
+def rows_or_errors(path):
+    """Yield (line number, row or InputError) for each line that is not blank."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: there is no such file. --data takes {', '.join(WORLDS)} or a .jsonl file.")
+    for number, line in enumerate(path.read_bytes().decode("utf-8", "replace").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            yield number, InputError(f"{path}:{number}: not JSON ({error})")
+            continue
+        yield number, check_row(row, path, number)
+
+
+def check_row(row, path, number):
+    if not isinstance(row, dict):
+        return InputError(f"{path}:{number}: a row is a JSON object, this is {type(row).__name__}")
+    for key in ("instruction", "input_images", "output_image"):
+        if key not in row:
+            return InputError(f"{path}:{number}: the key {key!r} is missing; there are {sorted(row)}")
+    for key, kind in TYPES.items():
+        if row.get(key) is not None and not isinstance(row[key], kind):
+            return InputError(f"{path}:{number}: {key} should be a {kind.__name__}, not {type(row[key]).__name__}")
+    for key in ("input_images", "plan"):
+        if not all(isinstance(item, str) for item in row.get(key) or []):
+            return InputError(f"{path}:{number}: {key} should be a list of strings")
+    try:
+        place_images(row["instruction"], len(row["input_images"]))
+    except InputError as error:
+        return InputError(f"{path}:{number}: {error}")
+    row["input_images"] = [str(path.parent / name) for name in row["input_images"]]
+    for key in ("output_image", "mask"):
+        if row.get(key):
+            row[key] = str(path.parent / row[key])
+    return row
+
+
+def fit(image, size):
+    """Image -> (size, size, 3) uint8"""
+    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
+
+
+class Pairs:
+    """The rows of a JSONL file as an endless data set for the small model, every image resized to size x size pixels."""
+
+    def __init__(self, path, size, seed=0):
+        self.path, self.size, self.seed = path, size, seed
+        self.rows = read_rows(path)
+        text = " ".join(" ".join([row["instruction"], *(row.get("plan") or [])]) for _, row in self.rows)
+        self.words = sorted(set(split_words(re.sub(TAG, " ", text))) - set(Words.special))
+
+    def sample(self, index):
+        epoch, place = divmod(index, len(self.rows))
+        number, row = self.rows[shuffled(len(self.rows), f"{self.seed}/{epoch}")[place]]
+        try:
+            mask = row.get("mask") and np.asarray(open_image(row["mask"]).convert("L").resize((self.size,) * 2)) > 127
+            return Sample(row["instruction"], fit(open_image(row["output_image"]), self.size),
+                          [fit(open_image(name), self.size) for name in row["input_images"]], mask, row.get("plan") or [],
+                          row.get("source_caption") or "", row.get("target_caption") or "", row.get("task") or "")
+        except InputError as error:
+            raise InputError(f"{self.path}:{number}: {error}") from None
+
+
+@lru_cache(2)
+def shuffled(n, seed):
+    return random.Random(seed).sample(range(n), n)
+
+
+# ------------------------------------------------------------------------------------------- prompts
+
+TAG = r"<\|image_(\d+)\|>"
+
+
+def split_words(text):
+    return re.findall(r"<[^<>\s]+>|\w+|[^\w\s]", text.lower())
+
+
+class Words:
+    """A tokenizer for a closed list of words, for the small models. Id 0 stands at image slots and padding."""
+    special = ["<image>", "<img>", "</img>", "<cfg>", "<pause>"]
+    template = "{}"
+    images_first = False                  # the order of Eq. 8: instruction, reference image, pause tokens
+    pause = "<pause>"
+    bos = None
+
+    def __init__(self, words):
+        self.words = list(words)
+        self.ids = {word: k for k, word in enumerate(self.special + self.words)}
+
+    def __len__(self):
+        return len(self.ids)
+
+    def encode(self, text):
+        ids = []
+        for word in split_words(text):
+            if word not in self.ids:
+                near = difflib.get_close_matches(word, self.words, n=4, cutoff=0.5) or self.words[:8]
+                raise InputError(f"unknown word {word!r}; the nearest known ones are: {', '.join(near)}")
+            ids.append(self.ids[word])
+        return ids
+
+
+def place_images(instruction, n, images_first=True):
+    """Check the image tags <|image_1|> ... <|image_n|> of an instruction; without any, put all images first or last."""
+    tags = [int(k) for k in re.findall(TAG, instruction)]
+    if not tags and n:
+        images = " ".join(f"<img><|image_{k}|></img>" for k in range(1, n + 1))
+        return (f"{images} {instruction}" if images_first else f"{instruction} {images}").strip()
+    if set(tags) != set(range(1, n + 1)):
+        raise InputError(f"the instruction names images {sorted(set(tags))}, but {n} {'is' if n == 1 else 'are'} given; "
+                         f"tags run from <|image_1|> to <|image_n|> without a gap")
+    return instruction
+
+
+def make_prompt(tokenizer, instruction, n_images=0, plan=(), pauses=0):
+    """The text of a prompt. Training with a plan: each step, then one pause token (Eq. 7). Inference: n pause tokens (Eq. 8)."""
+    steps = "".join(f" {step} {tokenizer.pause}" for step in plan)
+    return place_images(instruction, n_images, tokenizer.images_first) + steps + " " * (pauses > 0) + tokenizer.pause * pauses
+
+
+def tokenize(tokenizer, prompt, sizes):
+    """prompt, tokens of each image -> ids, kind, order: two lists of length L, and the images in order of their tags."""
+    pieces = re.split(TAG, tokenizer.template.replace("{}", prompt))    # text, number, text, number, ..., text
+    order = [int(k) - 1 for k in pieces[1::2]]
+    ids, kind = [], []
+    for k, piece in enumerate(pieces[::2]):
+        piece = tokenizer.encode(piece)
+        if k and piece[:1] == [tokenizer.bos]:                         # each piece is encoded alone: one <s> is enough
+            piece = piece[1:]
+        ids += piece
+        kind += [TEXT] * len(piece)
+        if k < len(order):
+            ids += [0] * sizes[order[k]]
+            kind += [k + 1] * sizes[order[k]]
+    return ids, kind, order
+
+
+def to_tensor(image):
+    """(h, w, 3) uint8 -> (3, h, w) in [-1, 1]"""
+    return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def to_array(x):
+    """(3, h, w) in [-1, 1] -> (h, w, 3) uint8"""
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
+
+
+def make_condition(tokenizer, prompts, images, patch):
+    """prompts: a text per row; images: a list of (C, h, w) per row, in the order of their numbers -> Condition."""
+    rows, placed = [], []
+    for prompt, own in zip(prompts, images):
+        ids, kind, order = tokenize(tokenizer, prompt, [x.shape[-2] * x.shape[-1] // patch**2 for x in own])
+        rows.append((ids, kind))
+        placed += [own[k] for k in order]
+    L = max(len(ids) for ids, _ in rows)
+    return Condition(torch.tensor([[0] * (L - len(ids)) + ids for ids, _ in rows]),
+                     torch.tensor([[PADDING] * (L - len(kind)) + kind for _, kind in rows]), placed)
+
+
+# ------------------------------------------------------------------------------------------- batches
+
+class Batch(NamedTuple):
+    x1: torch.Tensor                      # (B, C, h, w) targets
+    condition: Condition
+    source: torch.Tensor                  # (B, C, h, w) first reference image, zero where there is none
+    edit: torch.Tensor                    # (B,) bool: is there one?
+    seeds: list                           # one per sample, for the random numbers of the loss
+
+
+def training_prompt(tokenizer, sample, rng, p_drop, p_plan, p_masked_source):
+    """One sample as the model sees it in training -> (prompt, images).
+
+    With probability p_drop the instruction is emptied, and in half of those cases the images go too: the two weaker
+    branches of guidance. With p_masked_source, the source with the edited region blanked is one more image.
+    """
+    drop, plan, masked = rng.random(), rng.random(), rng.random()      # always three draws: options do not shift the others
+    images = [to_tensor(image) for image in sample.images]
+    if drop < p_drop / 2:
+        return "<cfg>", []
+    if drop < p_drop:
+        return make_prompt(tokenizer, "", len(images)) or "<cfg>", images
+    instruction = place_images(sample.instruction, len(images), tokenizer.images_first)
+    if sample.mask is not None and masked < p_masked_source:
+        images.append(images[0] * torch.from_numpy(~sample.mask))
+        extra = f"<img><|image_{len(images)}|></img>"
+        instruction = f"{extra} {instruction}" if tokenizer.images_first else f"{instruction} {extra}"
+    return make_prompt(tokenizer, instruction, len(images), sample.plan if plan < p_plan else ()), images
+
+
+def make_batch(dataset, indices, tokenizer, patch, seed, p_drop, p_plan, p_masked_source):
+    """The samples of these indices as a Batch; all randomness is a function of (seed, index)."""
+    samples = [dataset.sample(index) for index in indices]
+    prompts, images = [], []
+    for index, sample in zip(indices, samples):
+        rng = random.Random(f"prompt/{seed}/{index}")
+        prompt, own = training_prompt(tokenizer, sample, rng, p_drop, p_plan, p_masked_source)
+        prompts.append(prompt)
+        images.append(own)
+    x1 = torch.stack([to_tensor(sample.target) for sample in samples])
+    edit = torch.tensor([bool(sample.images) for sample in samples])
+    source = torch.stack([to_tensor(sample.images[0] if sample.images else np.full_like(sample.target, 127))
+                          for sample in samples])
+    seeds = [random.Random(f"loss/{seed}/{index}").getrandbits(62) for index in indices]
+    return Batch(x1, make_condition(tokenizer, prompts, images, patch), source, edit, seeds)
+
+
+# ------------------------------------------------------------------------------------------- pictures
+
+def sheet(rows, path, scale=1, pad=4, title=""):
+    """Save a table of images with captions: rows of (image (h, w, 3) uint8, caption, framed) or None for an empty place."""
+    height = max(cell[0].shape[0] for row in rows for cell in row if cell) * scale
+    width = max(cell[0].shape[1] for row in rows for cell in row if cell) * scale
+    lines = 1 + max(cell[1].count("\n") for row in rows for cell in row if cell)
+    text = 14 * lines
+    top = 18 if title else 0
+    page = Image.new("RGB", (max(map(len, rows)) * (width + pad) + pad, top + len(rows) * (height + text + pad) + pad), "white")
+    pen = ImageDraw.Draw(page)
+    pen.text((pad, pad), title, fill="black")
+    for r, row in enumerate(rows):
+        for c, cell in enumerate(row):
+            if cell is None:
+                continue
+            image, caption, framed = cell
+            x, y = pad + c * (width + pad), top + pad + r * (height + text + pad)
+            page.paste(Image.fromarray(image).resize((image.shape[1] * scale, image.shape[0] * scale), Image.Resampling.NEAREST), (x, y))
+            if framed:
+                pen.rectangle([x - 2, y - 2, x + width + 1, y + height + 1], outline="red", width=2)
+            pen.multiline_text((x, y + height + 1), caption, fill="black", spacing=2)
+    page.save(path)
+
+
+def wrap(text, width):
+    lines = [""]
+    for word in text.split():
+        if len(lines[-1]) + len(word) + 1 > width:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    return "\n".join(lines)

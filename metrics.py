@@ -1,0 +1,167 @@
+"""How good is an edit? The oracle of the toy world, which knows; and the tables and figures made from it.
+
+    python metrics.py toy --ckpt out/toy/last.pt             exact, adherence and faithfulness by task and complexity
+
+adherence: was the instruction carried out? faithfulness: is everything else as it was? exact: both, in full. They are judged
+from source, instruction and output alone, by reading the scene back from the pixels; the target image is never looked at.
+"""
+import argparse
+import json
+import sys
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+from data import (BACKGROUNDS, CAPTIONS, COLORS, CORNERS, LIGHTS, NUMBERS, STYLES, WORLDS, Scene, Shapes, Thing, corner, lit,
+                  plural, read_instruction, related, sprite)
+from model import InputError
+
+# A cell that differs from the best drawing of it by more than this (root mean square, images in [0, 1]) is not readable.
+TOLERANCE = 0.15
+
+# ------------------------------------------------------------------------------------------- reading a scene
+
+@lru_cache(None)
+def templates(world, style):
+    """Every shape, size and place in a cell -> list of (shape, size, y, x), cover (T, cell*cell)."""
+    keys = [(shape, size, y, x) for shape in world.shapes for size in world.sizes
+            for y in range(world.cell - size + 1) for x in range(world.cell - size + 1)]
+    return keys, torch.from_numpy(np.stack([sprite(world, shape, style, *place).ravel() for shape, *place in keys]))
+
+
+def parse(world, image):
+    """image (size, size, 3) uint8 or float in [0, 1] -> Scene, error (grid, grid): root mean square error of each cell.
+
+    The scene whose drawing is nearest to the image: for each background, light and style, the best thing (or none) in each
+    cell by least squares over all shapes, colours, sizes and places; then the best of those.
+    """
+    if image.dtype == np.uint8:
+        image = image / 255.0
+    G, cell = world.grid, world.cell
+    pixels = torch.from_numpy(np.ascontiguousarray(image, np.float32))
+    pixels = pixels.view(G, cell, G, cell, 3).permute(0, 2, 1, 3, 4).reshape(G * G, cell * cell, 3)
+    best = None
+    for style in STYLES if "style" in world.edits else STYLES[:1]:
+        keys, cover = templates(world, style)
+        area, square = cover.sum(1), cover.square().sum(1)                                # (T,)
+        inside = torch.einsum("tp,gpc->gtc", cover, pixels)                               # (cells, T, 3)
+        for light in LIGHTS if "global" in world.edits else ["day"]:
+            paint = torch.from_numpy(np.stack([lit(c, light) for c in COLORS.values()]))  # (colours, 3)
+            for background, value in BACKGROUNDS.items():
+                ground = torch.from_numpy(lit(value, light))                              # (3,)
+                step = paint - ground                                                     # (colours, 3)
+                empty = (pixels - ground).square().sum(dim=(1, 2))                        # (cells,)
+                # |image - ground - cover * step|^2, expanded so that only `inside` touches the pixels
+                along = (inside - area[:, None] * ground) @ step.T                        # (cells, T, colours)
+                error = empty[:, None, None] - 2 * along + square[:, None] * step.square().sum(1)
+                least, which = error.flatten(1).min(dim=1)                                # (cells,)
+                total = torch.minimum(least, empty).sum()
+                if best is None or total < best[0]:
+                    best = total, style, light, background, least < empty, which, torch.minimum(least, empty)
+    _, style, light, background, there, which, error = best
+    things = []
+    for k in there.nonzero()[:, 0].tolist():
+        template, color = divmod(which[k].item(), len(COLORS))
+        shape, size, y, x = templates(world, style)[0][template]
+        things.append(Thing(shape, list(COLORS)[color], divmod(k, G), size, y, x))
+    if not things and "style" in world.edits:
+        style = STYLES[0]                                              # nothing shows it
+    return Scene(background, light, style, tuple(things)), (error.clamp(min=0) / (3 * cell**2)).sqrt().view(G, G).numpy()
+
+
+# ------------------------------------------------------------------------------------------- the oracle
+
+def carried_out(world, edit, before, after, readable):
+    """Is this one Edit of scene `before` true in scene `after`? Unreadable cells show nothing."""
+    seen = {t.cell: t for t in after.things if readable[t.cell]}
+    if edit.task in ("background", "global", "style"):
+        return {"background": after.background, "global": after.light, "style": after.style}[edit.task] == edit.value
+    name = f"{edit.color} {edit.shape}"
+    if edit.task == "add":
+        for thing in seen.values():
+            if thing.name != name or thing.cell in [t.cell for t in before.things]:
+                continue
+            if isinstance(edit.where, str):
+                near = edit.where in ("", corner(world, thing.cell))
+            else:
+                near = any(t.name == edit.where[1] and related(thing.cell, edit.where[0], t.cell) for t in before.things)
+            if near:
+                return True
+        return False
+    old = next((t for t in before.things if t.name == name), None)
+    if old is None:
+        raise InputError(f"the image has no {name}: it shows {', '.join(t.name for t in before.things) or 'nothing'}")
+    if edit.task == "remove":
+        return bool(readable[old.cell]) and name not in [t.name for t in seen.values()] and old.cell not in seen
+    new = seen.get(old.cell)
+    wanted = (edit.shape, edit.value) if edit.task == "color" else (edit.value, edit.color)
+    return new is not None and (new.shape, new.color) == wanted
+
+
+def kept(world, edits, before, after, readable):
+    """Share of what the instruction leaves alone that is as it was: background, light, style, and each cell's content.
+
+    Of a thing that changes colour or shape, its place, size and other attribute are to be kept. What is added may take one
+    empty cell.
+    """
+    tasks = [edit.task for edit in edits]
+    facts = [] if "background" in tasks else [before.background == after.background]
+    if "global" in world.edits and "global" not in tasks:
+        facts.append(before.light == after.light)
+    if "style" in world.edits and "style" not in tasks and before.things and after.things:
+        facts.append(before.style == after.style)
+    was, now = ({t.cell: t for t in scene.things} for scene in (before, after))
+    by_name = {f"{edit.color} {edit.shape}": edit for edit in edits if edit.shape}
+    may_appear = [f"{edit.color} {edit.shape}" for edit in edits if edit.task == "add"]
+    for cell in np.ndindex(world.grid, world.grid):
+        old, new = was.get(cell), now.get(cell)
+        edit = by_name.get(old.name) if old else None
+        if edit and edit.task == "remove":
+            new = old if new is None else new                          # an empty cell is what was asked for
+        elif edit and edit.task == "color" and new:
+            new = new._replace(color=old.color)
+        elif edit and edit.task == "local" and new:
+            new = new._replace(shape=old.shape)
+        elif old is None and new is not None and new.name in may_appear:
+            may_appear.remove(new.name)
+            new = None
+        facts.append(bool(readable[cell]) and old == new)
+    return float(np.mean(facts))
+
+
+def shows(caption, scene, readable):
+    """Does the scene show what one of GenEval's six kinds of caption says?"""
+    things = [t for t in scene.things if readable[t.cell]]
+    words = caption.split()
+    for number, word in enumerate(NUMBERS, 1):
+        if words[0] == word:
+            return any(plural(word, t.shape) == caption for t in things) and \
+                len({t.shape for t in things}) == 1 and len(things) == number
+    for relation in (r for r in ("left of", "right of", "above", "below") if f" {r} a " in caption):
+        a, b = caption.removeprefix("a ").split(f" {relation} a ")
+        return any(related(s.cell, relation, t.cell) for s in things if s.shape == a for t in things if t.shape == b)
+    parts = [part.removeprefix("a ") for part in caption.split(" and ")]
+    return all(any(part in (t.shape, t.name) for t in things) for part in parts)
+
+
+def judge(world, source, instruction, output):
+    """adherence and faithfulness in [0, 1] and exact (bool) of one output; images (h, w, 3) uint8.
+
+    source None: text-to-image, where faithfulness is the share of cells that show something of this world.
+    """
+    after, error = parse(world, output)
+    readable = error <= TOLERANCE
+    if source is None:
+        adherence, faithfulness = float(shows(instruction, after, readable)), float(readable.mean())
+    else:
+        edits = read_instruction(instruction)
+        if edits is None:
+            raise InputError(f"the oracle does not know the instruction {instruction!r}; it reads those of the toy world")
+        before, _ = parse(world, source)
+        adherence = float(np.mean([carried_out(world, edit, before, after, readable) for edit in edits]))
+        faithfulness = kept(world, edits, before, after, readable)
+    return {"exact": adherence == 1 and faithfulness == 1, "adherence": adherence, "faithfulness": faithfulness}

@@ -1,0 +1,377 @@
+"""The unified transformer of MADI, one class from the toy to OmniGen-v1, and the autoencoder of SDXL.
+
+The sequence is [condition | time token | target tokens]. The condition (text with reference images in their places)
+never depends on the time or on the target, so the forward has two parts: `encode` turns the condition into keys and
+values once, `denoise` runs the time token and the target over them. Training runs both in one graph; sampling encodes
+once and denoises at every step. Parameter names are OmniGen's own, so its released weights load as they are.
+
+Letters, the same in every file:
+    B batch   L condition tokens   N target tokens (= h*w / P**2)   D width   H heads   E head width
+    C channels of a latent (pixels: 3)   h, w height and width of a latent   P patch size
+Time runs from noise to data: t = 0 is pure noise, t = 1 is the image. Boolean masks are named for what True means.
+"""
+import json
+import math
+import os
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from einops import rearrange
+from torch.utils.checkpoint import checkpoint
+
+PADDING, TEXT = -1, 0                     # values of Condition.kind; k > 0 is the k-th reference image of the row
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong. The scripts print it as one line, without a traceback."""
+
+
+@dataclass
+class Config:
+    """Sizes of a Transformer; the defaults are OmniGen-v1's."""
+    vocab: int = 32064
+    width: int = 3072
+    layers: int = 32
+    heads: int = 32
+    mlp: int = 8192                       # width of the hidden layer of the feed-forward
+    channels: int = 4
+    patch: int = 2
+    grid: int = 192                       # side of the position table, in tokens: the largest image
+    grid_step: float = 1 / 3              # distance of two neighbouring tokens in that table
+    rope_theta: float = 10000.0
+    short_factor: list | None = None      # E/2 divisors of the RoPE frequencies, for sequences up to ...
+    long_factor: list | None = None       # ... `original_positions`, and for longer ones
+    max_positions: int = 131072
+    original_positions: int = 4096
+    eps: float = 1e-5
+    time_scale: float = 1.0               # of t in its features
+    qk_norm: bool = False                 # toy only: LayerNorm of queries and keys
+    prediction: str = "velocity"          # what the output means: velocity, noise or x (magd.py)
+
+
+class Condition(NamedTuple):
+    """A batch of prompts with their reference images, left-padded to the longest row."""
+    ids: torch.Tensor                     # (B, L) int64; anything at padding and image slots
+    kind: torch.Tensor                    # (B, L) int64 on the CPU: PADDING, TEXT, or k for the k-th image of the row
+    images: list                          # of (C, h, w): the images of all rows, in reading order
+
+    def to(self, device):
+        return Condition(self.ids.to(device, non_blocking=True), self.kind,
+                         [image.to(device, non_blocking=True) for image in self.images])
+
+
+class Cache(NamedTuple):
+    """What `denoise` needs of an encoded condition."""
+    layers: list                          # per layer: keys and values, each (B, H, L, E)
+    real: torch.Tensor | None             # (B, L) True = not padding; None: no row is padded
+    length: torch.Tensor                  # (B,) real tokens
+    long: torch.Tensor                    # (B,) True = the sequence takes the long RoPE factors
+
+
+# ---------------------------------------------------------------------------------------------------- attention
+
+def attention_rule(kind):
+    """kind (B, L) -> (B, L, L), True where a query (row) may look at a key (column).
+
+    Text looks back, a reference image also sees all of itself, nobody sees padding (whose own rows, never read,
+    look everywhere so that their softmax has something to look at).
+    """
+    L = kind.shape[1]
+    causal = torch.ones(L, L, dtype=torch.bool, device=kind.device).tril()                # (L, L)
+    same_image = (kind[:, :, None] == kind[:, None, :]) & (kind > TEXT)[:, :, None]       # (B, L, L)
+    real = kind != PADDING                                                                # (B, L)
+    return (causal | same_image) & real[:, None, :] | ~real[:, :, None]                   # (B, L, L)
+
+
+def condition_segments(kind, device):
+    """Cut the condition into runs of queries (start, stop, keys, attend): queries start:stop see the first `keys` keys.
+
+    `attend` (B or 1, 1, stop - start, keys) says more where that is not all of it. Where all rows have one layout, each
+    image is a run that needs no mask, which is what the fast attention kernels want; a ragged batch is one masked run.
+    """
+    attend = attention_rule(kind)[:, None].to(device)                                     # (B, 1, L, L)
+    if (kind != kind[:1]).any() or (kind == PADDING).any():
+        return [(0, kind.shape[1], kind.shape[1], attend)]
+    runs, start = [], 0
+    for value, group in groupby(kind[0].tolist()):
+        stop = start + len(list(group))
+        runs.append((start, stop, stop, attend[:1, :, start:stop, :stop] if value == TEXT else None))
+        start = stop
+    return runs
+
+
+def attend_to(q, k, v, attend):
+    """softmax(q k^T / sqrt(E)) v with attend (broadcastable to (B, H, queries, keys)) or None, True = may look."""
+    if q.device.type == "cpu" and k.shape[2] <= 128:     # torch's fused kernel is several times slower at toy lengths
+        scores = (q * q.shape[-1]**-0.5) @ k.transpose(2, 3)                              # (B, H, queries, keys)
+        if attend is not None:
+            scores = scores.masked_fill(~attend, -torch.inf)
+        return scores.softmax(dim=-1) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=attend)
+
+
+def attention(q, k, v, segments):         # q (B, H, queries, E), k and v (B, H, keys, E)
+    out = [attend_to(q[:, :, a:b], k[:, :, :n], v[:, :, :n], attend) for a, b, n, attend in segments]
+    return out[0] if len(out) == 1 else torch.cat(out, dim=2)                             # (B, H, queries, E)
+
+
+def rotate(x, rope):
+    """RoPE on x (..., B, H, L, E) in half-split pairs (i, i + E/2); rope = cos, sin, each (B, 1, L, E)."""
+    cos, sin = rope
+    a, b = x.chunk(2, dim=-1)
+    return x * cos.to(x.dtype) + torch.cat([-b, a], dim=-1) * sin.to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.heads = cfg.heads
+        self.qkv_proj = nn.Linear(cfg.width, 3 * cfg.width, bias=False)
+        self.o_proj = nn.Linear(cfg.width, cfg.width, bias=False)
+        norm = (lambda: nn.LayerNorm(cfg.width // cfg.heads, bias=False)) if cfg.qk_norm else nn.Identity
+        self.q_norm, self.k_norm = norm(), norm()
+
+    def qkv(self, x, rope):                                                               # x (B, L, D)
+        q, k, v = rearrange(self.qkv_proj(x), "b l (three h e) -> three b h l e", three=3, h=self.heads)
+        return rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope), v              # (B, H, L, E) each
+
+    def output(self, y):                                                                  # y (B, H, L, E)
+        return self.o_proj(rearrange(y, "b h l e -> b l (h e)"))                          # (B, L, D)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.gate_up_proj = nn.Linear(cfg.width, 2 * cfg.mlp, bias=False)
+        self.down_proj = nn.Linear(cfg.mlp, cfg.width, bias=False)
+
+    def forward(self, x):                                                                 # (B, L, D)
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)                                  # (B, L, mlp) each
+        return self.down_proj(up * F.silu(gate))                                          # (B, L, D)
+
+
+class Block(nn.Module):
+    """A Phi-3 block: pre-norm attention and SwiGLU."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(cfg.width, cfg.eps)
+        self.self_attn = Attention(cfg)
+        self.post_attention_layernorm = nn.RMSNorm(cfg.width, cfg.eps)
+        self.mlp = FeedForward(cfg)
+
+    def forward(self, x, rope, segments, past=None):
+        """x (B, L, D) -> x and its own keys and values, after `past` ones if given.
+
+        segments = None returns (None, (k, v)): in the last layer a condition is only looked at.
+        """
+        q, k, v = self.self_attn.qkv(self.input_layernorm(x), rope)                       # (B, H, L, E) each
+        if segments is None:
+            return None, (k, v)
+        if past is not None:
+            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)         # (B, H, past + L, E)
+        x = x + self.self_attn.output(attention(q, k, v, segments))
+        x = x + self.mlp(self.post_attention_layernorm(x))
+        return x, (k, v)
+
+
+# -------------------------------------------------------------------------------------------------- embeddings
+
+def patchify(x, P):
+    return rearrange(x, "... c (h p) (w q) -> ... (h w) (c p q)", p=P, q=P)               # (..., N, C*P*P)
+
+
+def position_table(cfg):
+    """(grid**2, D) sin-cos positions: the first half of the channels is the column, the second half the row."""
+    position = torch.arange(cfg.grid, dtype=torch.float64) * cfg.grid_step                # (grid,)
+    frequency = 10000.0 ** (-torch.arange(cfg.width // 4, dtype=torch.float64) / (cfg.width // 4))
+    angle = position[:, None] * frequency                                                 # (grid, D/4)
+    line = torch.cat([angle.sin(), angle.cos()], dim=1).float()                           # (grid, D/2)
+    column = line[None, :, :].expand(cfg.grid, -1, -1)
+    row = line[:, None, :].expand(-1, cfg.grid, -1)
+    return torch.cat([column, row], dim=2).flatten(0, 1)                                  # (grid**2, D)
+
+
+def timestep_features(t):
+    """t (B,) in [0, 1], not times 1000 -> (B, 256)"""
+    frequency = 10000.0 ** (-torch.arange(128, dtype=torch.float32, device=t.device) / 128)
+    angle = t.float()[:, None] * frequency                                                # (B, 128)
+    return torch.cat([angle.cos(), angle.sin()], dim=1)                                   # (B, 256)
+
+
+class PatchEmbed(nn.Module):
+    """A P x P convolution with stride P, written as the matrix product that it is."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.proj = nn.Conv2d(cfg.channels, cfg.width, cfg.patch, cfg.patch)
+
+    def forward(self, patches):                                                           # (..., C*P*P)
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)             # (..., D)
+
+
+class TimeEmbed(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, features):                                                          # (B, 256)
+        return self.mlp(features)                                                         # (B, D)
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(cfg.width, 2 * cfg.width))
+        self.linear = nn.Linear(cfg.width, cfg.channels * cfg.patch**2)
+
+    def forward(self, x, time):                                                           # (B, N, D), (B, D)
+        shift, scale = self.adaLN_modulation(time)[:, None].chunk(2, dim=-1)              # (B, 1, D) each
+        x = F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+        return self.linear(x)                                                             # (B, N, P*P*C)
+
+
+class LanguageModel(nn.Module):
+    """Holds the parameters that OmniGen keeps under the name `llm`."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(cfg.vocab, cfg.width)
+        self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.layers))
+        self.norm = nn.RMSNorm(cfg.width, cfg.eps)
+
+
+# ------------------------------------------------------------------------------------------------- transformer
+
+class Transformer(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.llm = LanguageModel(cfg)
+        self.x_embedder = PatchEmbed(cfg)                 # the noisy target
+        self.input_x_embedder = PatchEmbed(cfg)           # reference images
+        self.time_token = TimeEmbed(cfg.width)
+        self.t_embedder = TimeEmbed(cfg.width)
+        self.final_layer = FinalLayer(cfg)
+        self.register_buffer("pos_embed", torch.empty(1, cfg.grid**2, cfg.width))
+        self.checkpointing = False                        # recompute each block in the backward, to save memory
+
+    def init_weights(self):
+        """Xavier matrices, small embeddings; zero where a block or the model ends, so that it starts as the identity, then zero."""
+        self.pos_embed.copy_(position_table(self.cfg)[None])
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                nn.init.xavier_uniform_(module.weight.flatten(1))       # flatten is a view: it fills the weight
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+        ends = [self.final_layer.linear, self.final_layer.adaLN_modulation[1]]
+        for layer in ends + [end for block in self.llm.layers for end in (block.self_attn.o_proj, block.mlp.down_proj)]:
+            nn.init.zeros_(layer.weight)
+        return self
+
+    def positions(self, rows, columns):
+        """(rows * columns, D): the centre crop of the position table."""
+        grid = self.cfg.grid
+        if max(rows, columns) > grid:
+            raise InputError(f"an image of {rows} x {columns} tokens does not fit the position table of {grid} x {grid}")
+        top, left = (grid - rows) // 2, (grid - columns) // 2
+        table = self.pos_embed.view(grid, grid, -1)
+        return table[top:top + rows, left:left + columns].flatten(0, 1).to(self.x_embedder.proj.weight.dtype)
+
+    def rope(self, position, long):
+        """position (B, L), long (B,) -> cos, sin (B, 1, L, E) in float32."""
+        cfg, device = self.cfg, position.device
+        half = cfg.width // cfg.heads // 2
+        frequency = cfg.rope_theta ** (-torch.arange(half, device=device, dtype=torch.float32) / half)    # (E/2,)
+        scale = 1.0
+        if cfg.long_factor is not None:
+            factors = torch.tensor([cfg.short_factor, cfg.long_factor], device=device)    # (2, E/2)
+            frequency = frequency / factors[long.long()][:, None]                         # (B, 1, E/2)
+            # the magnitude belongs to the model, not to the sequence: it stays when the short factors are in use
+            scale = math.sqrt(1 + math.log(cfg.max_positions / cfg.original_positions) / math.log(cfg.original_positions))
+        angle = (position[..., None] * frequency)[:, None].repeat(1, 1, 1, 2)             # (B, 1, L, E)
+        return angle.cos() * scale, angle.sin() * scale
+
+    def run(self, block, *inputs):
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
+    def encode(self, condition, tokens):
+        """Condition -> Cache. `tokens` of the target only matter for the choice of the RoPE factors."""
+        ids, kind, images = condition
+        device, P = ids.device, self.cfg.patch
+        x = self.llm.embed_tokens(ids)                                                    # (B, L, D)
+        if images:
+            patches = torch.cat([patchify(image, P) for image in images])                 # (all image tokens, C*P*P)
+            where = torch.cat([self.positions(image.shape[-2] // P, image.shape[-1] // P) for image in images])
+            embedded = self.input_x_embedder(patches) + where                             # (all image tokens, D)
+            slots = (kind > TEXT).flatten().nonzero()[:, 0].to(device)
+            x = x.flatten(0, 1).index_copy(0, slots, embedded.to(x.dtype)).view_as(x)     # (B, L, D)
+
+        real = kind != PADDING                                                            # (B, L)
+        length = real.sum(dim=1)                                                          # (B,)
+        long = (length + 1 + tokens > self.cfg.original_positions).to(device)             # (B,)
+        rope = self.rope((real.cumsum(dim=1) - 1).clamp(min=0).to(device), long)
+        segments = condition_segments(kind, device)
+        layers = []
+        for block in self.llm.layers[:-1]:
+            x, keys_values = self.run(block, x, rope, segments)                           # (B, L, D)
+            layers.append(keys_values)
+        layers.append(self.run(self.llm.layers[-1], x, rope, None)[1])
+        return Cache(layers, None if real.all() else real.to(device), length.to(device), long)
+
+    def denoise(self, x_t, t, cache, masked=None, mask_token=None):
+        """x_t (B, C, h, w), t (B,) -> what `prediction` says, (B, C, h, w).
+
+        masked (B, N), True = hidden: the embedding of that token is replaced by mask_token (B, D) (Eq. 4).
+        """
+        B, C, h, w = x_t.shape
+        P, N, L = self.cfg.patch, h * w // self.cfg.patch**2, cache.layers[0][0].shape[2]
+        x = self.x_embedder(patchify(x_t, P))                                             # (B, N, D)
+        if masked is not None:
+            x = torch.where(masked[:, :, None], mask_token[:, None].to(x.dtype), x)       # its position stays
+        x = x + self.positions(h // P, w // P)             # float32 from here on under autocast
+        features = timestep_features(t * self.cfg.time_scale).to(self.pos_embed.dtype)                                       # (B, 256)
+        x = torch.cat([self.time_token(features)[:, None], x], dim=1)                     # (B, 1 + N, D)
+
+        rope = self.rope(cache.length[:, None] + torch.arange(1 + N, device=x.device), cache.long)
+        # the target sees everything, the time token all but the target
+        segments = [(0, 1, L + 1, None), (1, 1 + N, L + 1 + N, None)]
+        if cache.real is not None:
+            attend = F.pad(cache.real, (0, 1 + N), value=True)[:, None, None]             # (B, 1, 1, L + 1 + N)
+            attend = attend.repeat(1, 1, 1 + N, 1)                                        # (B, 1, 1 + N, L + 1 + N)
+            attend[:, :, 0, L + 1:] = False
+            segments = [(0, 1 + N, L + 1 + N, attend)]
+        for block, past in zip(self.llm.layers, cache.layers):
+            x, _ = self.run(block, x, rope, segments, past)                               # (B, 1 + N, D)
+        x = self.final_layer(self.llm.norm(x[:, 1:]), self.t_embedder(features))          # (B, N, P*P*C)
+        return rearrange(x.float(), "b (h w) (p q c) -> b c (h p) (w q)", h=h // P, p=P, q=P)
+
+    def forward(self, x_t, t, condition, masked=None, mask_token=None):
+        N = x_t.shape[2] * x_t.shape[3] // self.cfg.patch**2
+        return self.denoise(x_t, t, self.encode(condition, N), masked, mask_token)
+
+
+def flops(cfg, kind, N):
+    """Floating-point operations of one forward of a row: kind (L,) and N target tokens. A training step costs three."""
+    kind = kind[kind != PADDING]
+    L, D = len(kind), cfg.width
+    qkv, rest = 6 * D * D, 2 * D * D + 6 * D * cfg.mlp                                    # of one token in one layer
+    looks = attention_rule(kind[None]).sum().item()                                       # pairs of the condition
+    condition = L * (cfg.layers * qkv + (cfg.layers - 1) * rest) + (cfg.layers - 1) * 4 * D * looks
+    target = cfg.layers * ((1 + N) * (qkv + rest) + 4 * D * (L + 1 + N * (L + 1 + N)))
+    return condition + target + 4 * N * D * cfg.channels * cfg.patch**2
+
+
+def autocast(device, enabled=True):
+    """bf16 matrix products where the device is fast at them: CUDA, and CPUs with matrix units for it."""
+    cpu_has_it = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled and (torch.device(device).type == "cuda" or cpu_has_it))

@@ -1,0 +1,217 @@
+"""Edit an image, or make one, with a trained model.
+
+    python sample.py --ckpt out/toy/last.pt --image in.png --prompt "make the red circle blue" --pauses 0,8,16,32 --out edit.png
+
+Euler steps along the flow, three-branch guidance, one encoding of the condition per image (`Transformer.encode`), and the
+paper's inference-time scaling (Eq. 8, Sec. 6.1): one candidate per number of pause tokens and per seed, of which one is
+selected. Writes the chosen image, a contact sheet with all candidates, and a JSON line for each.
+"""
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import magd
+from data import (WORLDS, Shapes, Words, fit, make_condition, make_prompt, open_image, sheet, to_array, to_tensor, wrap)
+from metrics import judge
+from model import Config, InputError, Transformer, autocast
+
+# ------------------------------------------------------------------------------------------- the sampler
+
+
+def euler(velocity, x, steps):
+    """Integrate dx/dt = velocity(x, t) from t = 0 to 1 in equal steps; x stays in float32."""
+    for k in range(steps):
+        x = x + velocity(x, k / steps) / steps
+    return x
+
+
+@torch.no_grad()
+def generate(model, tokenizer, prompts, images, x0, steps=50, text_scale=2.5, image_scale=1.5, negative="<cfg>",
+             low_memory=False, bf16=True):
+    """Images for a batch of prompts. images: a list of (C, h, w) per prompt; x0 (B, C, h, w) noise -> (B, C, h, w).
+
+    Guidance: v = v_u + image_scale (v_img - v_u) + text_scale (v_full - v_img), where v_full sees prompt and images, v_img the
+    images, v_u the negative prompt. Written as a weighted sum of the three, a branch of weight 0 is not run. A prompt
+    without images has v_img = v_u, which leaves v_u + text_scale (v_full - v_u).
+    """
+    device = x0.device
+    only_images = [make_prompt(tokenizer, "", len(own)) if own else negative for own in images]
+    branches = [(text_scale, prompts, images), (image_scale - text_scale, only_images, images),
+                (1 - image_scale, [negative] * len(prompts), [[] for _ in prompts])]
+    branches = [branch for branch in branches if branch[0] != 0]
+    # together: all branches are one batch; with low_memory each is a batch of its own
+    groups = [[branch] for branch in branches] if low_memory else [branches]
+    P, N = model.cfg.patch, x0.shape[2] * x0.shape[3] // model.cfg.patch**2
+
+    with autocast(device, bf16):
+        caches = []
+        for group in groups:
+            condition = make_condition(tokenizer, [p for _, texts, _ in group for p in texts],
+                                       [own for _, _, lists in group for own in lists], P).to(device)
+            caches.append(([weight for weight, _, _ in group], model.encode(condition, N)))
+
+        def velocity(x, t):
+            total = 0
+            for weights, cache in caches:
+                rows = torch.cat([x] * len(weights))
+                time = torch.full((len(rows),), t, device=device)
+                v = magd.velocity(model.denoise(rows, time, cache), rows, time, model.cfg.prediction)
+                total = total + sum(weight * part for weight, part in zip(weights, v.chunk(len(weights))))
+            return total
+        return euler(velocity, x0.float(), steps)
+
+
+def noise(shape, seeds, device):
+    """One standard normal of `shape` per seed, the same on every device."""
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]).to(device)
+
+
+def select(scores, threshold):
+    """Sec. 6.1: among the candidates with faithfulness >= threshold the one of highest adherence; if none passes, the most
+    faithful. Ties go to the first. scores: list of dicts -> (index, did any pass?)"""
+    passing = [k for k, score in enumerate(scores) if score["faithfulness"] >= threshold]
+    if passing:
+        return max(passing, key=lambda k: scores[k]["adherence"]), True
+    return max(range(len(scores)), key=lambda k: scores[k]["faithfulness"]), False
+
+
+def evaluate(model, tokenizer, dataset, indices, steps=20, text_scale=1.0, image_scale=1.0, pauses=0, batch=128, device="cpu",
+             bf16=True, progress=True):
+    """Edit the samples of these indices and let the oracle judge -> a list of dicts: task, complexity, scores, output."""
+    size, rows = dataset.world.size, []
+    for start in tqdm(range(0, len(indices), batch), desc=dataset.split, disable=not progress, leave=False):
+        some = indices[start:start + batch]
+        samples = [dataset.sample(index) for index in some]
+        prompts = [make_prompt(tokenizer, s.instruction, len(s.images), pauses=pauses) for s in samples]
+        images = [[to_tensor(image) for image in s.images] for s in samples]
+        x = generate(model, tokenizer, prompts, images, noise((3, size, size), some, device), steps, text_scale, image_scale,
+                     bf16=bf16)
+        for sample, output in zip(samples, map(to_array, x)):
+            scores = judge(dataset.world, sample.images[0] if sample.images else None, sample.instruction, output)
+            rows.append({"task": sample.task, "complexity": sample.complexity, **scores, "sample": sample, "output": output})
+    return rows
+
+
+def means(rows):
+    return {key: sum(row[key] for row in rows) / len(rows) for key in ("exact", "adherence", "faithfulness")}
+
+
+# ------------------------------------------------------------------------------------------- checkpoints
+
+def load_checkpoint(path, device="cpu"):
+    """A checkpoint of train.py -> model with its averaged weights, tokenizer, the flags it was trained with."""
+    state = read_checkpoint(path)
+    model = Transformer(Config(**state["config"])).init_weights()
+    try:
+        model.load_state_dict(state["ema"], strict=True)
+    except RuntimeError as error:
+        raise InputError(f"{path}: the weights do not fit the model it describes: {str(error).splitlines()[1].strip()}") from None
+    return model.to(device).eval(), Words(state["words"]), state["flags"]
+
+
+def read_checkpoint(path):
+    if not Path(path).is_file():
+        raise InputError(f"{path}: there is no such checkpoint. `python train.py` makes one.")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:            # torch.load raises half a dozen types for a file that is not a checkpoint
+        raise InputError(f"{path}: not a checkpoint that can be read ({str(error).splitlines()[0]})") from None
+    if not isinstance(state, dict) or not {"config", "model", "ema", "words", "flags", "step"} <= set(state):
+        raise InputError(f"{path}: not a checkpoint of train.py")
+    return state
+
+
+# ------------------------------------------------------------------------------------------- the command
+
+def numbers(text):
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 0,8,16,32") from None
+    if min(values) < 0 or max(values) > 4096:
+        raise argparse.ArgumentTypeError(f"{text!r}: each number should be from 0 to 4096")
+    return values
+
+
+def parse_flags():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.error = lambda message: sys.exit(f"sample.py: {message}")
+    p.add_argument("--ckpt", required=True, help="a checkpoint of train.py")
+    p.add_argument("--image", action="append", default=[], help="the image to edit; again for more; none: text-to-image")
+    p.add_argument("--prompt", required=True)
+    p.add_argument("--pauses", type=numbers, default=[0], help="numbers of pause tokens, one candidate each")
+    p.add_argument("--seeds", type=numbers, default=[0], help="noise seeds, one candidate each")
+    p.add_argument("--threshold", type=float, default=0.9, help="least faithfulness of a candidate to be chosen")
+    p.add_argument("--steps", type=int, default=20, help="Euler steps")
+    p.add_argument("--text-scale", type=float, default=1.0, help="guidance by the prompt; 1 = none")
+    p.add_argument("--image-scale", type=float, default=1.0, help="guidance by the image; 1 = none")
+    p.add_argument("--out", default="edit.png")
+    flags = p.parse_args()
+    if flags.steps < 1:
+        p.error(f"--steps {flags.steps}: at least 1 is needed")
+    return flags
+
+
+def main():
+    flags = parse_flags()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    out = Path(flags.out)
+    if out.suffix.lower() not in (".png", ".jpg", ".jpeg") or not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
+        raise InputError(f"--out {out}: a .png or .jpg file in a folder that exists and can be written is needed")
+    model, tokenizer, trained = load_checkpoint(flags.ckpt, device)
+    world, size = WORLDS.get(trained["data"]), trained["size"]
+
+    sources = []
+    for path in flags.image:
+        image = open_image(path)
+        if image.size != (size, size):
+            print(f"{path}: resized from {image.width} x {image.height} to the model's {size} x {size} pixels")
+        sources.append(fit(image, size))
+    images = [to_tensor(source) for source in sources]
+
+    rows = [(pauses, seed) for pauses in flags.pauses for seed in flags.seeds]
+    prompts = [make_prompt(tokenizer, flags.prompt, len(images), pauses=pauses) for pauses, _ in rows]
+    start = time.perf_counter()
+    x = generate(model, tokenizer, prompts, [images] * len(rows), noise((3, size, size), [seed for _, seed in rows], device),
+                 flags.steps, flags.text_scale, flags.image_scale)
+    outputs = [to_array(image) for image in x]
+    seconds = (time.perf_counter() - start) / flags.steps
+
+    records = [{"pauses": pauses, "seed": seed} for pauses, seed in rows]
+    chosen = 0
+    if world:
+        for record, output in zip(records, outputs):
+            record.update(judge(world, sources[0] if sources else None, flags.prompt, output))
+        chosen, passed = select(records, flags.threshold)
+        if not passed:
+            print(f"no candidate reaches faithfulness {flags.threshold}: the most faithful one is chosen")
+    elif len(records) > 1:
+        print("there is no oracle for this model's images: the first candidate is chosen, compare them on the sheet")
+
+    def caption(record):
+        scores = "".join(f"\n{key} {record[key]:.2f}" for key in ("adherence", "faithfulness") if key in record)
+        return f"{record['pauses']} pauses, seed {record['seed']}{scores}"
+    cells = [(source, "source", False) for source in sources[:1]]
+    cells += [(output, caption(record), k == chosen) for k, (record, output) in enumerate(zip(records, outputs))]
+    sheet([cells], out.with_name(f"{out.stem}_sheet.png"), scale=max(1, 160 // size), title=flags.prompt)
+    Image.fromarray(outputs[chosen]).save(out)
+    with open(out.with_name(f"{out.stem}.jsonl"), "w") as file:
+        for k, record in enumerate(records):
+            file.write(json.dumps({**record, "chosen": k == chosen, "prompt": flags.prompt, "images": flags.image}) + "\n")
+    print(f"{size} x {size} pixels, {len(rows)} candidates, {seconds:.3f} s a step")
+    print(f"chose {caption(records[chosen])}".replace("\n", ", "))
+    print(f"wrote {out}, {out.stem}_sheet.png, {out.stem}.jsonl")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"sample.py: {error}")

@@ -1,0 +1,42 @@
+"""What several test files share."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from data import Words
+from model import PADDING, TEXT, Condition, Config, Transformer
+
+ROOT = Path(__file__).parent.parent
+TINY = dict(width=32, layers=2, heads=2, mlp=48, channels=3, patch=4, grid=4, grid_step=16.0, time_scale=1000.0, qk_norm=True)
+SMALL = ["--width", "32", "--layers", "2", "--heads", "2", "--mlp", "48", "--batch", "8", "--eval-examples", "0"]
+
+
+def tiny_model(vocab=80, **changes):
+    """A small model with random weights everywhere: the zero last layer of a fresh one would hide mistakes."""
+    model = Transformer(Config(**{**TINY, "vocab": vocab, **changes})).init_weights()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    return model.eval()
+
+
+def layout(*rows):
+    """kind (B, L) from rows such as "..11t" : '.' padding, 't' text, digits the images."""
+    code = {".": PADDING, "t": TEXT}
+    return torch.tensor([[code.get(c) if c in code else int(c) for c in row] for row in rows])
+
+
+def run(*command, check=None, cwd=ROOT, processes=1, **env):
+    """Run one of the scripts -> CompletedProcess with text output; check: the expected exit code."""
+    start = [sys.executable]
+    if processes > 1:
+        start += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(29500 + os.getpid() % 400)]
+    done = subprocess.run([*start, *map(str, command)], cwd=cwd, capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", **env})
+    if check is not None:
+        assert done.returncode == check, done.stdout + done.stderr
+    return done

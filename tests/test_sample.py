@@ -1,0 +1,157 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT, SMALL, run, tiny_model
+from PIL import Image
+
+import data
+import sample
+from data import Shapes, Words, make_condition, world_words
+from model import InputError
+from sample import euler, generate, noise, select
+
+
+def test_euler_is_exact_on_a_straight_path():
+    x0, x1 = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    for steps in (1, 3, 50):
+        torch.testing.assert_close(euler(lambda x, t: x1 - x0, x0, steps), x1)
+    times = []
+    euler(lambda x, t: times.append(t) or x, x0, 4)
+    assert times == [0, 0.25, 0.5, 0.75]
+
+
+def setup(B=2):
+    words = Words(world_words())
+    samples = [Shapes("shapes").sample(k) for k in range(B)]
+    prompts = [data.make_prompt(words, s.instruction, 1) for s in samples]
+    return tiny_model(vocab=len(words)), words, prompts, [[data.to_tensor(s.images[0])] for s in samples], noise((3, 16, 16), range(B), "cpu")
+
+
+def velocity(model, words, prompts, images, x, t):
+    condition = make_condition(words, prompts, images, model.cfg.patch)
+    return model(x, torch.full((len(x),), t), condition)
+
+
+@torch.no_grad()
+def test_guidance_is_the_formula_of_instruct_pix2pix():
+    """v = v_u + s_img (v_img - v_u) + s_txt (v_full - v_img), every branch computed without a cache, at every step."""
+    model, words, prompts, images, x0 = setup()
+    got = generate(model, words, prompts, images, x0, 3, 2.5, 1.5, bf16=False)
+    x = x0
+    for t in (0, 1 / 3, 2 / 3):
+        full = velocity(model, words, prompts, images, x, t)
+        image = velocity(model, words, ["<img><|image_1|></img>"] * 2, images, x, t)
+        nothing = velocity(model, words, ["<cfg>"] * 2, [[], []], x, t)
+        x = x + (nothing + 1.5 * (image - nothing) + 2.5 * (full - image)) / 3
+    torch.testing.assert_close(got, x, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_guidance_without_images():
+    model, words, prompts, images, x0 = setup()
+    got = generate(model, words, ["a red circle"] * 2, [[], []], x0, 1, 3.0, 1.5, bf16=False)
+    full, nothing = (velocity(model, words, [text] * 2, [[], []], x0, 0.0) for text in ("a red circle", "<cfg>"))
+    torch.testing.assert_close(got, x0 + nothing + 3.0 * (full - nothing), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_branches_together_equal_branches_one_by_one_and_rows_alone():
+    model, words, prompts, images, x0 = setup()
+    together = generate(model, words, prompts, images, x0, 3, bf16=False)
+    apart = generate(model, words, prompts, images, x0, 3, low_memory=True, bf16=False)
+    torch.testing.assert_close(together, apart, atol=1e-5, rtol=1e-5)
+    alone = generate(model, words, prompts[:1], images[:1], x0[:1], 3, bf16=False)
+    torch.testing.assert_close(together[:1], alone, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_pause_tokens_stand_at_the_end_and_zero_of_them_change_nothing():
+    model, words, prompts, images, x0 = setup(1)
+    samples = [Shapes("shapes").sample(0)]
+    text = data.make_prompt(words, samples[0].instruction, 1, pauses=8)
+    ids = make_condition(words, [text], images, 4).ids[0].tolist()
+    pause = words.ids["<pause>"]
+    assert ids[-8:] == [pause] * 8 and pause not in ids[:-8]
+    assert data.make_prompt(words, samples[0].instruction, 1, pauses=0) == prompts[0]
+    assert not torch.allclose(generate(model, words, [text], images, x0, 2), generate(model, words, prompts, images, x0, 2))
+
+
+def test_selection_by_threshold_then_adherence():
+    scores = [{"adherence": a, "faithfulness": f} for a, f in [(1.0, 0.5), (0.5, 0.95), (0.7, 0.91), (0.7, 1.0)]]
+    assert select(scores, 0.9) == (2, True)                # the first of the two best that pass
+    assert select(scores, 0.92) == (3, True)
+    assert select(scores[:3], 0.99) == (1, False)          # none passes: the most faithful
+
+
+# ------------------------------------------------------------------------------------------- the command
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "toy"
+    run("train.py", *SMALL, "--steps", 2, "--out", out, check=0)
+    return out / "last.pt"
+
+
+@pytest.fixture
+def picture(tmp_path):
+    example = Shapes("shapes").sample(0)
+    Image.fromarray(example.images[0]).save(tmp_path / "in.png")
+    return tmp_path / "in.png", example.instruction
+
+
+def test_the_command_writes_an_edit_a_sheet_and_a_line_per_candidate(checkpoint, picture, tmp_path):
+    path, instruction = picture
+    done = run("sample.py", "--ckpt", checkpoint, "--image", path, "--prompt", instruction, "--pauses", "0,8", "--seeds", "0,1",
+               "--steps", 2, "--out", tmp_path / "edit.png", check=0)
+    assert Image.open(tmp_path / "edit.png").size == (16, 16)
+    lines = [json.loads(line) for line in open(tmp_path / "edit.jsonl")]
+    assert [(line["pauses"], line["seed"]) for line in lines] == [(0, 0), (0, 1), (8, 0), (8, 1)]
+    assert sum(line["chosen"] for line in lines) == 1 and all(0 <= line["adherence"] <= 1 for line in lines)
+    assert Image.open(tmp_path / "edit_sheet.png").width > 4 * 160
+    assert "chose" in done.stdout
+
+
+def test_a_large_jpeg_is_resized_and_said_so(checkpoint, picture, tmp_path):
+    Image.open(picture[0]).resize((64, 48)).save(tmp_path / "large.jpg", quality=95)
+    done = run("sample.py", "--ckpt", checkpoint, "--image", tmp_path / "large.jpg", "--prompt", "change the background to black",
+               "--steps", 1, "--out", tmp_path / "edit.png", check=0)
+    assert "resized from 64 x 48 to the model's 16 x 16" in done.stdout
+
+
+def test_text_to_image_needs_no_image(checkpoint, tmp_path):
+    run("sample.py", "--ckpt", checkpoint, "--prompt", "a red circle", "--steps", 1, "--out", tmp_path / "made.png", check=0)
+    assert Image.open(tmp_path / "made.png").size == (16, 16)
+
+
+def one_line(done, script, *words):
+    assert done.returncode != 0
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith(script), done.stderr
+    for word in words:
+        assert word in lines[0], lines[0]
+
+
+def test_bad_input_is_one_clear_line(checkpoint, picture, tmp_path, capsys, monkeypatch):
+    """One process per case would take a minute: main() is called in this one, the way the script calls it."""
+    path, instruction = picture
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "broken.pt").write_bytes(checkpoint.read_bytes()[:5000])
+    state = torch.load(checkpoint, weights_only=True)
+    torch.save({**state, "config": {**state["config"], "width": 64}}, tmp_path / "shape.pt")
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pt")
+    good = {"--ckpt": checkpoint, "--image": path, "--prompt": instruction, "--out": tmp_path / "edit.png", "--steps": 1}
+    cases = [({"--prompt": "make the teal circle blue"}, "unknown word 'teal'"), ({"--image": tmp_path / "none.png"}, "no such image"),
+             ({"--image": tmp_path / "text.png"}, "not an image"), ({"--ckpt": tmp_path / "none.pt"}, "no such checkpoint"),
+             ({"--ckpt": tmp_path / "broken.pt"}, "not a checkpoint that can be read"), ({"--ckpt": tmp_path / "shape.pt"}, "do not fit"),
+             ({"--ckpt": tmp_path / "other.pt"}, "not a checkpoint of train.py"), ({"--pauses": "many"}, "not a list of whole numbers"),
+             ({"--pauses": "-1"}, "from 0 to 4096"), ({"--steps": 0}, "at least 1"), ({"--out": tmp_path / "no/folder/edit.png"}, "folder"),
+             ({"--prompt": "make the circle a square a red blue"}, "does not know the instruction")]
+    for change, message in cases:
+        arguments = [str(part) for pair in {**good, **change}.items() for part in pair]
+        monkeypatch.setattr("sys.argv", ["sample.py", *arguments])
+        with pytest.raises((InputError, SystemExit)) as error:
+            sample.main()
+        assert message in str(error.value) and "\n" not in str(error.value), (change, str(error.value))
+    one_line(run("sample.py", "--ckpt", tmp_path / "none.pt", "--prompt", "x"), "sample.py:", "no such checkpoint")

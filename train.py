@@ -1,0 +1,360 @@
+"""Train a MADI editor.
+
+    python train.py                                          the toy world, minutes on a laptop CPU
+    python train.py --preset shapes64                        a larger toy, for a GPU
+    python train.py --data pairs.jsonl --size 32             your own image pairs, in pixels
+    torchrun --nproc-per-node 4 train.py ...                 the same on several GPUs
+
+Everything random is a function of (seed, index of the sample), so a resumed run goes on exactly as it would have, and the
+number of processes does not change the result. The loop at the end of `main` is in time order.
+"""
+import argparse
+import copy
+import json
+import math
+import os
+import signal
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import magd
+from data import WORLDS, Pairs, Shapes, Words, make_batch, make_prompt, sheet, to_array, to_tensor, wrap
+from model import Config, InputError, Transformer, autocast, flops
+from sample import evaluate, generate, means, noise, read_checkpoint
+
+PRESETS = {
+    "toy": dict(data="shapes", size=16, patch=4, width=128, layers=4, heads=4, mlp=256, batch=64, steps=1400, lr=4e-3, muon_lr=0.02),
+    "shapes64": dict(data="shapes64", size=64, patch=4, width=384, layers=8, heads=6, mlp=1024, batch=256, steps=10000, lr=1e-3,
+                     muon_lr=0.01, p_plan=0.5, p_masked_source=0.5, ema=0.999, warmup=200, workers=8),
+}
+
+
+def parse_flags():
+    def number(kind, low, high=math.inf, open_low=False):
+        def parse(text):
+            value = kind(text)
+            if not low <= value <= high or (open_low and value == low):
+                raise argparse.ArgumentTypeError(f"{text} is not in {'(' if open_low else '['}{low}, {high}]")
+            return value
+        parse.__name__ = {int: "whole number", float: "number"}[kind]          # argparse puts it into its message
+        return parse
+    count, share, positive = number(int, 1), number(float, 0, 1), number(float, 0, open_low=True)
+    none_or_more, zero_or_more = number(int, 0), number(float, 0)
+
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.error = lambda message: sys.exit(f"train.py: {message}")
+    switch = argparse.BooleanOptionalAction
+    p.add_argument("--preset", choices=PRESETS, default="toy", help="starting values; any flag overrides them")
+    p.add_argument("--data", default="shapes", help="shapes, shapes64, or a JSONL file of image pairs")
+    p.add_argument("--out", help="folder of the run; out/PRESET if not given")
+    p.add_argument("--resume", action="store_true", help="go on from last.pt in that folder")
+    p.add_argument("--seed", type=none_or_more, default=0)
+    # model
+    p.add_argument("--size", type=count, default=16, help="pixels of a side")
+    p.add_argument("--patch", type=count, default=4)
+    p.add_argument("--width", type=count, default=128)
+    p.add_argument("--layers", type=count, default=4)
+    p.add_argument("--heads", type=count, default=4)
+    p.add_argument("--mlp", type=count, default=256, help="hidden width of the feed-forward")
+    p.add_argument("--prediction", choices=magd.PREDICTIONS, default="velocity", help="what the network's output means")
+    # the paper
+    p.add_argument("--p-magd", type=share, default=0.5, help="chance that a sample of high noise is masked; 0 = plain training")
+    p.add_argument("--tau", type=share, default=0.7, help="least noise level 1 - t of a masked sample")
+    p.add_argument("--r-mask", type=share, default=0.25, help="share of tokens hidden in a masked sample")
+    p.add_argument("--mask-token", choices=("learned", "zero"), default="learned")
+    p.add_argument("--edit-weight", action=switch, default=False, help="OmniGen's weight on the changed region of an edit")
+    p.add_argument("--p-drop", type=share, default=0.1, help="chance that a prompt is emptied")
+    p.add_argument("--p-plan", type=share, default=0.0, help="chance that a prompt carries its expressive plan")
+    p.add_argument("--p-masked-source", type=share, default=0.0, help="chance of the masked source as one more image")
+    # optimisation
+    p.add_argument("--steps", type=count, default=1400)
+    p.add_argument("--batch", type=count, default=64, help="samples a step, over all processes")
+    p.add_argument("--lr", type=positive, default=4e-3, help="of AdamW")
+    p.add_argument("--muon-lr", type=zero_or_more, default=0.02, help="of Muon on the matrices of the blocks; 0 = AdamW for all")
+    p.add_argument("--weight-decay", type=zero_or_more, default=0.0)
+    p.add_argument("--warmup", type=none_or_more, default=50, help="steps")
+    p.add_argument("--clip", type=positive, default=1.0, help="largest norm of the gradient")
+    p.add_argument("--ema", type=share, default=0.99, help="decay of the averaged weights")
+    # evaluation
+    p.add_argument("--eval-examples", type=none_or_more, default=512, help="of each held-out set, at the end")
+    p.add_argument("--eval-steps", type=count, default=20, help="Euler steps")
+    p.add_argument("--text-scale", type=zero_or_more, default=1.0)
+    p.add_argument("--image-scale", type=zero_or_more, default=1.0)
+    # system
+    p.add_argument("--bf16", action=switch, default=True, help="bf16 matrix products where the device is fast at them")
+    p.add_argument("--workers", type=none_or_more, default=0, help="processes that make batches ahead")
+    p.add_argument("--log-every", type=count, default=20)
+    p.add_argument("--save-every", type=count, default=200)
+    p.add_argument("--sample-every", type=count, default=400)
+    p.set_defaults(**PRESETS[p.parse_known_args()[0].preset])
+    flags = p.parse_args()
+    flags.out = flags.out or f"out/{flags.preset}"
+    if flags.data in WORLDS:
+        flags.size = WORLDS[flags.data].size
+    if flags.size % flags.patch:
+        p.error(f"--size {flags.size} is not a multiple of --patch {flags.patch}")
+    if flags.width % (2 * flags.heads) or flags.width % 4:
+        p.error(f"--width {flags.width} is not a multiple of 4 and of twice --heads {flags.heads}")
+    return flags
+
+
+def learning_rate(step, flags):
+    """Share of the full rate: linear warm-up, then a cosine to zero."""
+    if step < flags.warmup:
+        return (step + 1) / flags.warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - flags.warmup) / max(1, flags.steps - flags.warmup)))
+
+
+class Steps(torch.utils.data.Dataset):
+    """Item k is this rank's share of the batch of step k, with all random numbers of its loss."""
+
+    def __init__(self, flags, dataset, tokenizer, rank, world):
+        self.flags, self.dataset, self.tokenizer, self.rank, self.world = flags, dataset, tokenizer, rank, world
+
+    def __getitem__(self, step):
+        f = self.flags
+        indices = range(step * f.batch + self.rank, (step + 1) * f.batch, self.world)
+        batch = make_batch(self.dataset, indices, self.tokenizer, f.patch, f.seed, f.p_drop, f.p_plan, f.p_masked_source)
+        shape = tuple(batch.x1.shape[1:])
+        return batch, magd.draw(shape, shape[1] * shape[2] // f.patch**2, batch.seeds)
+
+
+def save(path, state):
+    """Atomic: a run killed here leaves the old file or the new one, whole."""
+    with open(f"{path}.tmp", "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f"{path}.tmp", path)
+
+
+MAY_CHANGE = {"out", "resume", "preset", "eval_examples", "eval_steps", "text_scale", "image_scale", "workers", "log_every",
+              "save_every", "sample_every"}
+
+
+def check_resume(state, flags, cfg, path):
+    """A resumed run has to be the same run."""
+    changed = [f"--{key.replace('_', '-')} {value}" for key, value in state["flags"].items()
+               if key not in MAY_CHANGE and value != getattr(flags, key)]
+    if changed:
+        raise InputError(f"{path}: this run was started with {', '.join(changed)}; resume it with the same")
+    if state["config"] != asdict(cfg):
+        raise InputError(f"{path}: it holds another model, {state['config']}; this command makes {asdict(cfg)}")
+
+
+def preview(model, tokenizer, dataset, flags, device, path, n=8):
+    """A sheet of n edits from fixed noise: held-out ones of the toy world, else the first rows of the file.
+
+    -> mean absolute difference to the target, of the outputs and of the sources, in [0, 1]
+    """
+    held_out = Shapes(flags.data, "iid", flags.seed) if flags.data in WORLDS else dataset
+    samples = [held_out.sample(index) for index in range(n)]
+    prompts = [make_prompt(tokenizer, sample.instruction, len(sample.images)) for sample in samples]
+    images = [[to_tensor(image) for image in sample.images] for sample in samples]
+    x = generate(model, tokenizer, prompts, images, noise((3, flags.size, flags.size), range(n), device), flags.eval_steps,
+                 flags.text_scale, flags.image_scale, bf16=flags.bf16)
+    outputs = [to_array(image) for image in x]
+    sources = [sample.images[0] if sample.images else np.full_like(sample.target, 255) for sample in samples]
+    scale = max(1, 128 // flags.size)
+    cells = [[(image, caption, False) for image, caption in zip(images, captions)] for images, captions in
+             ((sources, [wrap(sample.instruction, 24) for sample in samples]), (outputs, ["output"] * n),
+              ([sample.target for sample in samples], ["target"] * n))]
+    sheet(cells, path, scale)
+    l1 = [float(np.mean([np.abs(a.astype(float) - sample.target).mean() for a, sample in zip(images, samples)])) / 255
+          for images in (outputs, sources)]
+    return l1
+
+
+def main():
+    flags = parse_flags()
+
+    # ------------------------------------------------------------------ processes and device
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if flags.batch % world:
+        raise InputError(f"--batch {flags.batch} cannot be shared by {world} processes; use a multiple")
+    main_process = rank == 0
+    say = print if main_process else lambda *_: None
+
+    # ------------------------------------------------------------------ folder
+    out = Path(flags.out)
+    last = out / "last.pt"
+    try:
+        (out / "samples").mkdir(parents=True, exist_ok=True)
+        with open(out / "log.jsonl", "a"):
+            pass
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot write there ({error.strerror})") from None
+    if last.exists() and not flags.resume:
+        raise InputError(f"{out} already holds a run. Go on with --resume, or choose another folder with --out.")
+    state = read_checkpoint(last) if flags.resume else None
+
+    # ------------------------------------------------------------------ data, model, optimizers
+    dataset = Shapes(flags.data, "train", flags.seed) if flags.data in WORLDS else Pairs(flags.data, flags.size, flags.seed)
+    tokenizer = Words(dataset.words)
+    torch.manual_seed(flags.seed)
+    cfg = Config(vocab=len(tokenizer), width=flags.width, layers=flags.layers, heads=flags.heads, mlp=flags.mlp, channels=3,
+                 patch=flags.patch, grid=flags.size // flags.patch, grid_step=64 / (flags.size // flags.patch),
+                 time_scale=1000.0, qk_norm=True, prediction=flags.prediction)
+    raw_model = Transformer(cfg).init_weights().to(device)
+    learned = flags.mask_token == "learned" and flags.p_magd > 0
+    raw_mask_tokens = magd.MaskTokens(cfg.width).to(device) if learned else None
+    averaged = copy.deepcopy(raw_model).eval().requires_grad_(False)          # the weights that are used in the end
+    parameters = [*raw_model.parameters(), *(raw_mask_tokens.parameters() if learned else ())]
+    matrices = {id(p): p for p in raw_model.llm.layers.parameters() if p.ndim == 2} if flags.muon_lr else {}
+    optimizers = [torch.optim.AdamW([p for p in parameters if id(p) not in matrices], flags.lr, betas=(0.9, 0.95),
+                                    weight_decay=flags.weight_decay, fused=True)]
+    if matrices:
+        optimizers.append(torch.optim.Muon(matrices.values(), flags.muon_lr, weight_decay=flags.weight_decay))
+    rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+    first, seconds = 0, 0.0
+    if state:
+        check_resume(state, flags, cfg, last)
+        raw_model.load_state_dict(state["model"])
+        averaged.load_state_dict(state["ema"])
+        if learned:
+            raw_mask_tokens.load_state_dict(state["mask_tokens"])
+        for optimizer, saved in zip(optimizers, state["optimizers"]):
+            optimizer.load_state_dict(saved)
+        first, seconds = state["step"], state["seconds"]
+    model, mask_tokens = raw_model, raw_mask_tokens
+    if world > 1:
+        model = DistributedDataParallel(raw_model, broadcast_buffers=False)
+        mask_tokens = DistributedDataParallel(raw_mask_tokens) if learned else None
+
+    # ------------------------------------------------------------------ what is about to happen
+    steps = Steps(flags, dataset, tokenizer, rank, world)
+    kinds = steps[0][0].condition.kind
+    tokens = (flags.size // flags.patch) ** 2
+    work = 3 * sum(flops(cfg, kind, tokens) for kind in kinds) / len(kinds)   # the backward costs two forwards
+    say(f"{flags.data} at {flags.size} x {flags.size}: {tokens} target tokens, up to {kinds.shape[1]} of the condition; "
+        f"{len(tokenizer)} words")
+    say(f"{sum(p.numel() for p in raw_model.parameters()) / 1e6:.2f}M parameters, {work / 1e9:.2f} GFLOP a sample; "
+        f"{flags.steps} steps of {flags.batch} samples on {world} x {device.type}")
+    if first:
+        say(f"resuming at step {first}")
+
+    # ------------------------------------------------------------------ loop
+    log = []
+    if main_process:
+        log = [line for line in open(out / "log.jsonl") if json.loads(line)["step"] <= first]       # what is redone goes
+        (out / "log.jsonl").write_text("".join(log))
+    stop = []
+    signal.signal(signal.SIGINT, lambda *_: stop.append(True))
+    stats = torch.zeros(12, device=device)
+    batches = torch.utils.data.DataLoader(steps, batch_size=None, sampler=range(first, flags.steps), num_workers=flags.workers)
+    bar = tqdm(batches, initial=first, total=flags.steps, disable=not main_process, unit="step")
+    start = tick = time.perf_counter()
+    for step, (batch, draws) in enumerate(bar, first):
+        share = learning_rate(step, flags)
+        for group, rate in zip((group for optimizer in optimizers for group in optimizer.param_groups), rates):
+            group["lr"] = rate * share
+        x1, condition, draws = batch.x1.to(device), batch.condition.to(device), magd.Draws(*(d.to(device) for d in draws))
+        weight = magd.edit_weight(x1, batch.source.to(device), batch.edit.to(device)) if flags.edit_weight else None
+
+        with autocast(device, flags.bf16):
+            losses, masked = magd.magd_loss(model, x1, condition, draws, flags.p_magd, flags.tau, flags.r_mask, mask_tokens,
+                                            weight, flags.prediction)
+        losses.mean().backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, flags.clip)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        decay = min(flags.ema, (step + 1) / (step + 10))
+        with torch.no_grad():
+            for mean, value in zip(averaged.parameters(), raw_model.parameters()):
+                mean.lerp_(value, 1 - decay)
+
+            bins = (4 * draws.t).long().clamp(max=3)                                      # (B,)
+            stats[:4].index_add_(0, bins, losses.float())
+            stats[4:8].index_add_(0, bins, torch.ones_like(losses, dtype=torch.float32))
+            if masked is not None:
+                stats[8] += masked.any(dim=1).sum()
+                stats[9] += masked.float().mean() * len(masked)
+            stats[10] += norm
+            stats[11] += bool(stop)
+
+        done = step + 1
+        due = done % flags.save_every == 0 or done == flags.steps
+        if not (done % flags.log_every == 0 or due):
+            continue
+        if world > 1:
+            dist.all_reduce(stats)
+        values = stats.tolist()
+        stats.zero_()
+        count = sum(values[4:8])
+        loss = sum(values[:4]) / count
+        if not math.isfinite(loss) or not math.isfinite(values[10]):
+            raise InputError(f"the loss is not finite near step {done}. {last if last.exists() else 'No checkpoint'} is from before; "
+                             f"try a lower --lr and --muon-lr, or --no-bf16.")
+        now = time.perf_counter()
+        line = {"step": done, "loss": loss, "loss_by_t": [a / b if b else None for a, b in zip(values[:4], values[4:8])],
+                "masked_samples": values[8] / count, "masked_tokens": values[9] / count,
+                "grad_norm": values[10] * flags.batch / count, "lr": flags.lr * share, "images_per_s": count / (now - tick),
+                "tflops": work * count / (now - tick) / 1e12}
+        tick = now
+        if main_process:
+            bar.set_postfix_str(f"loss {loss:.4f}, {line['images_per_s']:.0f} images/s")
+            with open(out / "log.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+            if due or values[11]:
+                save(last, {"step": done, "seconds": seconds + now - start, "config": asdict(cfg), "flags": vars(flags),
+                            "words": tokenizer.words, "model": raw_model.state_dict(), "ema": averaged.state_dict(),
+                            "mask_tokens": raw_mask_tokens.state_dict() if learned else None,
+                            "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
+            if done % flags.sample_every == 0:
+                preview(averaged, tokenizer, dataset, flags, device, out / "samples" / f"step_{done:06d}.png")
+        if values[11]:
+            bar.close()
+            say(f"stopped at step {done} of {flags.steps}; {last} is saved. Go on with the same command and --resume.")
+            sys.exit(130)
+    bar.close()
+    seconds += time.perf_counter() - start
+
+    # ------------------------------------------------------------------ how good is it?
+    result = {"seconds": seconds, "steps": flags.steps, "images": flags.steps * flags.batch,
+              "parameters": sum(p.numel() for p in raw_model.parameters()), "seed": flags.seed, "preset": flags.preset,
+              "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "processes": world,
+              "torch": torch.__version__, "flags": vars(flags)}
+    say(f"trained in {seconds:.0f} s")
+    if flags.data in WORLDS and flags.eval_examples:
+        for split in ("iid", "novel"):
+            rows = evaluate(averaged, tokenizer, Shapes(flags.data, split, flags.seed), range(rank, flags.eval_examples, world),
+                            flags.eval_steps, flags.text_scale, flags.image_scale, device=device, bf16=flags.bf16,
+                            progress=main_process)
+            rows = [{key: row[key] for key in ("exact", "adherence", "faithfulness")} for row in rows]
+            if world > 1:
+                shares = [None] * world
+                dist.all_gather_object(shares, rows)
+                rows = [row for share in shares for row in share]
+            result[split] = means(rows)
+            say(f"{split:>6} " + "  ".join(f"{key} {value:.3f}" for key, value in result[split].items()) + f"  ({len(rows)} examples)")
+    if main_process:
+        picture = out / "samples" / "final.png"
+        result["l1"], result["l1_identity"] = preview(averaged, tokenizer, dataset, flags, device, picture)
+        with open(out / "result.json.tmp", "w") as file:
+            json.dump(result, file, indent=1)
+        os.replace(out / "result.json.tmp", out / "result.json")
+        say(f"wrote {last}, {out / 'result.json'} and the picture {picture}")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"train.py: {error}")
