@@ -21,6 +21,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps
+from tqdm import tqdm
 
 from model import PADDING, TEXT, Condition, InputError
 
@@ -526,6 +527,7 @@ class Words:
     template = "{}"
     images_first = False                  # the order of Eq. 8: instruction, reference image, pause tokens
     pause = "<pause>"
+    empty = "<cfg>"                       # the prompt with nothing in it
     bos = None
 
     def __init__(self, words):
@@ -581,8 +583,8 @@ def tokenize(tokenizer, prompt, sizes):
 
 
 def to_tensor(image):
-    """(h, w, 3) uint8 -> (3, h, w) in [-1, 1]"""
-    return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1).float() / 127.5 - 1
+    """(..., h, w, 3) uint8 -> (..., 3, h, w) in [-1, 1]"""
+    return torch.from_numpy(image.copy()).movedim(-1, -3).float() / 127.5 - 1
 
 
 def to_array(x):
@@ -607,7 +609,7 @@ def make_condition(tokenizer, prompts, images, patch):
 class Batch(NamedTuple):
     x1: torch.Tensor                      # (B, C, h, w) targets
     condition: Condition
-    source: torch.Tensor                  # (B, C, h, w) first reference image, zero where there is none
+    source: torch.Tensor                  # (B, C, h, w) first reference image; anything where there is none
     edit: torch.Tensor                    # (B,) bool: is there one?
     seeds: list                           # one per sample, for the random numbers of the loss
 
@@ -620,10 +622,10 @@ def training_prompt(tokenizer, sample, rng, p_drop, p_plan, p_masked_source):
     """
     drop, plan, masked = rng.random(), rng.random(), rng.random()      # always three draws: options do not shift the others
     images = [to_tensor(image) for image in sample.images]
-    if drop < p_drop / 2:
-        return "<cfg>", []
+    if drop < p_drop / 2 or (drop < p_drop and not images):
+        return tokenizer.empty, []
     if drop < p_drop:
-        return make_prompt(tokenizer, "", len(images)) or "<cfg>", images
+        return make_prompt(tokenizer, "", len(images)), images
     instruction = place_images(sample.instruction, len(images), tokenizer.images_first)
     if sample.mask is not None and masked < p_masked_source:
         images.append(images[0] * torch.from_numpy(~sample.mask))
@@ -635,18 +637,14 @@ def training_prompt(tokenizer, sample, rng, p_drop, p_plan, p_masked_source):
 def make_batch(dataset, indices, tokenizer, patch, seed, p_drop, p_plan, p_masked_source):
     """The samples of these indices as a Batch; all randomness is a function of (seed, index)."""
     samples = [dataset.sample(index) for index in indices]
-    prompts, images = [], []
-    for index, sample in zip(indices, samples):
-        rng = random.Random(f"prompt/{seed}/{index}")
-        prompt, own = training_prompt(tokenizer, sample, rng, p_drop, p_plan, p_masked_source)
-        prompts.append(prompt)
-        images.append(own)
-    x1 = torch.stack([to_tensor(sample.target) for sample in samples])
+    chances = [random.Random(f"batch/{seed}/{index}") for index in indices]
+    seeds = [rng.getrandbits(62) for rng in chances]
+    rows = [training_prompt(tokenizer, sample, rng, p_drop, p_plan, p_masked_source) for sample, rng in zip(samples, chances)]
     edit = torch.tensor([bool(sample.images) for sample in samples])
-    source = torch.stack([to_tensor(sample.images[0] if sample.images else np.full_like(sample.target, 127))
-                          for sample in samples])
-    seeds = [random.Random(f"loss/{seed}/{index}").getrandbits(62) for index in indices]
-    return Batch(x1, make_condition(tokenizer, prompts, images, patch), source, edit, seeds)
+    source = np.stack([sample.images[0] if sample.images else np.zeros_like(sample.target) for sample in samples])
+    return Batch(to_tensor(np.stack([sample.target for sample in samples])),
+                 make_condition(tokenizer, [prompt for prompt, _ in rows], [images for _, images in rows], patch),
+                 to_tensor(source), edit, seeds)
 
 
 # ------------------------------------------------------------------------------------------- pictures
@@ -681,3 +679,67 @@ def wrap(text, width):
             lines.append("")
         lines[-1] = f"{lines[-1]} {word}".strip()
     return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------- the command
+
+def show(flags):
+    """A page of examples: source, target, instruction, and the plan or caption."""
+    dataset = Shapes(flags.data, flags.split, flags.seed) if flags.data in WORLDS else Pairs(flags.data, flags.size, flags.seed)
+    cells = []
+    for index in range(12):
+        sample = dataset.sample(index)
+        source = sample.images[0] if sample.images else np.full_like(sample.target, 255)
+        cells.append([(source, wrap(sample.instruction, 24), False),
+                      (sample.target, wrap(" / ".join(sample.plan) or sample.target_caption, 24), False)])
+    sheet([sum(cells[k:k + 3], []) for k in range(0, 12, 3)], flags.out, max(1, 144 // flags.size))
+    print(f"wrote {flags.out}")
+
+
+def check(flags):
+    """Read every row and every image of a JSONL file; print each bad row; exit 1 if there is any."""
+    good = bad = 0
+    for number, row in tqdm(rows_or_errors(flags.data), desc="rows", unit=""):
+        try:
+            if isinstance(row, InputError):
+                raise row
+            for name in [*row["input_images"], row["output_image"], *([row["mask"]] if row.get("mask") else [])]:
+                try:
+                    open_image(name)
+                except InputError as error:
+                    raise InputError(f"{flags.data}:{number}: {error}") from None
+            good += 1
+        except InputError as error:
+            bad += 1
+            tqdm.write(str(error))
+    print(f"{flags.data}: {good} good rows, {bad} bad rows")
+    sys.exit(bad > 0)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.error = lambda message: sys.exit(f"data.py: {message}")
+    commands = p.add_subparsers(required=True)
+    for name, function in (("show", show), ("check", check)):
+        command = commands.add_parser(name, help=function.__doc__)
+        command.error = p.error
+        command.set_defaults(run=function)
+        if name == "check":
+            command.add_argument("data", help="a JSONL file")
+            continue
+        command.add_argument("--data", default="shapes", help="shapes, shapes64, or a JSONL file")
+        command.add_argument("--split", choices=("train", "iid", "novel"), default="train")
+        command.add_argument("--seed", type=int, default=0)
+        command.add_argument("--size", type=int, default=64, help="pixels of a side, for a file")
+        command.add_argument("--out", default="examples.png")
+    flags = p.parse_args()
+    if getattr(flags, "data", None) in WORLDS:
+        flags.size = WORLDS[flags.data].size
+    flags.run(flags)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"data.py: {error}")

@@ -10,12 +10,9 @@ Letters, the same in every file:
     C channels of a latent (pixels: 3)   h, w height and width of a latent   P patch size
 Time runs from noise to data: t = 0 is pure noise, t = 1 is the image. Boolean masks are named for what True means.
 """
-import json
 import math
-import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -120,6 +117,21 @@ def attention(q, k, v, segments):         # q (B, H, queries, E), k and v (B, H,
     return out[0] if len(out) == 1 else torch.cat(out, dim=2)                             # (B, H, queries, E)
 
 
+class RMSNorm(nn.Module):
+    """weight * x / sqrt(mean(x^2) + eps). Written out: on the CPU the backward of torch's own takes twice as long."""
+
+    def __init__(self, width, eps):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        if x.is_cuda or x.dtype != torch.float32:
+            return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+        scale = (torch.linalg.vecdot(x, x) / x.shape[-1] + self.eps).rsqrt()
+        return x * (scale[..., None] * self.weight)
+
+
 def rotate(x, rope):
     """RoPE on x (..., B, H, L, E) in half-split pairs (i, i + E/2); rope = cos, sin, each (B, 1, L, E)."""
     cos, sin = rope
@@ -160,9 +172,9 @@ class Block(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(cfg.width, cfg.eps)
+        self.input_layernorm = RMSNorm(cfg.width, cfg.eps)
         self.self_attn = Attention(cfg)
-        self.post_attention_layernorm = nn.RMSNorm(cfg.width, cfg.eps)
+        self.post_attention_layernorm = RMSNorm(cfg.width, cfg.eps)
         self.mlp = FeedForward(cfg)
 
     def forward(self, x, rope, segments, past=None):
@@ -243,7 +255,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(cfg.vocab, cfg.width)
         self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.layers))
-        self.norm = nn.RMSNorm(cfg.width, cfg.eps)
+        self.norm = RMSNorm(cfg.width, cfg.eps)
 
 
 # ------------------------------------------------------------------------------------------------- transformer

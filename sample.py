@@ -18,7 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import magd
-from data import (WORLDS, Shapes, Words, fit, make_condition, make_prompt, open_image, sheet, to_array, to_tensor, wrap)
+from data import WORLDS, Words, fit, make_condition, make_prompt, open_image, sheet, to_array, to_tensor
 from metrics import judge
 from model import Config, InputError, Transformer, autocast
 
@@ -33,15 +33,15 @@ def euler(velocity, x, steps):
 
 
 @torch.no_grad()
-def generate(model, tokenizer, prompts, images, x0, steps=50, text_scale=2.5, image_scale=1.5, negative="<cfg>",
+def generate(model, tokenizer, prompts, images, x0, steps=50, text_scale=2.5, image_scale=1.5, negative=None,
              low_memory=False, bf16=True):
     """Images for a batch of prompts. images: a list of (C, h, w) per prompt; x0 (B, C, h, w) noise -> (B, C, h, w).
 
     Guidance: v = v_u + image_scale (v_img - v_u) + text_scale (v_full - v_img), where v_full sees prompt and images, v_img the
-    images, v_u the negative prompt. Written as a weighted sum of the three, a branch of weight 0 is not run. A prompt
+    images, v_u the negative prompt (empty if None). Written as a weighted sum of the three, a branch of weight 0 is not run. A prompt
     without images has v_img = v_u, which leaves v_u + text_scale (v_full - v_u).
     """
-    device = x0.device
+    device, negative = x0.device, negative or tokenizer.empty
     only_images = [make_prompt(tokenizer, "", len(own)) if own else negative for own in images]
     branches = [(text_scale, prompts, images), (image_scale - text_scale, only_images, images),
                 (1 - image_scale, [negative] * len(prompts), [[] for _ in prompts])]
@@ -97,10 +97,6 @@ def evaluate(model, tokenizer, dataset, indices, steps=20, text_scale=1.0, image
             scores = judge(dataset.world, sample.images[0] if sample.images else None, sample.instruction, output)
             rows.append({"task": sample.task, "complexity": sample.complexity, **scores, "sample": sample, "output": output})
     return rows
-
-
-def means(rows):
-    return {key: sum(row[key] for row in rows) / len(rows) for key in ("exact", "adherence", "faithfulness")}
 
 
 # ------------------------------------------------------------------------------------------- checkpoints

@@ -27,11 +27,12 @@ from tqdm import tqdm
 
 import magd
 from data import WORLDS, Pairs, Shapes, Words, make_batch, make_prompt, sheet, to_array, to_tensor, wrap
+from metrics import means
 from model import Config, InputError, Transformer, autocast, flops
-from sample import evaluate, generate, means, noise, read_checkpoint
+from sample import evaluate, generate, noise, read_checkpoint
 
 PRESETS = {
-    "toy": dict(data="shapes", size=16, patch=4, width=128, layers=4, heads=4, mlp=256, batch=64, steps=1400, lr=4e-3, muon_lr=0.02),
+    "toy": dict(data="shapes", size=16, patch=4, width=256, layers=3, heads=4, mlp=512, batch=64, steps=1400, lr=6e-3, muon_lr=0.03),
     "shapes64": dict(data="shapes64", size=64, patch=4, width=384, layers=8, heads=6, mlp=1024, batch=256, steps=10000, lr=1e-3,
                      muon_lr=0.01, p_plan=0.5, p_masked_source=0.5, ema=0.999, warmup=200, workers=8),
 }
@@ -111,6 +112,35 @@ def learning_rate(step, flags):
     if step < flags.warmup:
         return (step + 1) / flags.warmup
     return 0.5 * (1 + math.cos(math.pi * (step - flags.warmup) / max(1, flags.steps - flags.warmup)))
+
+
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum whose update is made orthogonal by a Newton-Schulz iteration, for matrices (Keller Jordan et al., 2024).
+
+    torch.optim.Muon does the same, but always in bf16, whose rounding makes runs that differ only in the order of their sums
+    (one process, two processes) drift apart; dtype float32 keeps them together.
+    """
+
+    def __init__(self, matrices, lr, weight_decay=0.0, momentum=0.95, dtype=torch.bfloat16):
+        super().__init__(matrices, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                momentum.lerp_(p.grad, 1 - group["momentum"])
+                x = p.grad.lerp(momentum, group["momentum"]).to(self.dtype)
+                rows, columns = p.shape
+                x = x.T if rows > columns else x
+                x = x / x.norm().clamp(min=1e-7)
+                for _ in range(5):                                     # the singular values of x go towards 1
+                    a = x @ x.T
+                    x = torch.addmm(x, torch.addmm(a, a, a, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+                x = x.T if rows > columns else x
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(x.to(p.dtype), alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
 
 
 class Steps(torch.utils.data.Dataset):
@@ -218,7 +248,7 @@ def main():
     optimizers = [torch.optim.AdamW([p for p in parameters if id(p) not in matrices], flags.lr, betas=(0.9, 0.95),
                                     weight_decay=flags.weight_decay, fused=True)]
     if matrices:
-        optimizers.append(torch.optim.Muon(matrices.values(), flags.muon_lr, weight_decay=flags.weight_decay))
+        optimizers.append(Muon(matrices.values(), flags.muon_lr, flags.weight_decay, dtype=torch.bfloat16 if flags.bf16 else torch.float32))
     rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     first, seconds = 0, 0.0
     if state:

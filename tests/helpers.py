@@ -1,4 +1,5 @@
 """What several test files share."""
+import json
 import os
 import subprocess
 import sys
@@ -6,8 +7,7 @@ from pathlib import Path
 
 import torch
 
-from data import Words
-from model import PADDING, TEXT, Condition, Config, Transformer
+from model import PADDING, TEXT, Config, Transformer
 
 ROOT = Path(__file__).parent.parent
 TINY = dict(width=32, layers=2, heads=2, mlp=48, channels=3, patch=4, grid=4, grid_step=16.0, time_scale=1000.0, qk_norm=True)
@@ -40,3 +40,13 @@ def run(*command, check=None, cwd=ROOT, processes=1, **env):
     if check is not None:
         assert done.returncode == check, done.stdout + done.stderr
     return done
+
+
+def read_safetensors(path):
+    """A .safetensors file -> {name: tensor}, so that these tests need no optional package: a header in JSON, then raw bytes."""
+    raw = Path(path).read_bytes()
+    end = 8 + int.from_bytes(raw[:8], "little")
+    types = {"F32": torch.float32, "I64": torch.int64, "U8": torch.uint8}
+    return {name: torch.frombuffer(bytearray(raw[end + info["data_offsets"][0]:end + info["data_offsets"][1]]),
+                                   dtype=types[info["dtype"]]).reshape(info["shape"])
+            for name, info in json.loads(raw[8:end]).items() if name != "__metadata__"}

@@ -45,7 +45,7 @@ def test_the_two_ends_of_the_scale(name, split):
 
 
 TOY = WORLDS["shapes"]
-RED, BLUE = Thing("circle", "red", (0, 0), 6, 0, 1), Thing("square", "blue", (1, 1), 7, 1, 0)
+RED, BLUE = Thing("circle", "red", (0, 0), 6, 0, 0), Thing("square", "blue", (1, 1), 7, 1, 0)
 BEFORE = Scene("white", "day", "filled", (RED, BLUE))
 
 
@@ -61,7 +61,9 @@ def score(instruction, *things, background="white", spoil=None):
 
 @pytest.mark.parametrize("instruction, things, expected", [
     ("make the red circle green", (RED._replace(color="green"), BLUE), (1, 1)),
-    ("make the red circle green", (RED._replace(color="green", x=0), BLUE), (1, 0.8)),         # it moved
+    ("make the red circle green", (RED._replace(color="green", x=1), BLUE), (1, 1)),           # a pixel is forgiven ...
+    ("make the red circle green", (RED._replace(color="green", x=2), BLUE), (1, 0.8)),         # ... two are not,
+    ("make the red circle green", (RED._replace(color="green"), BLUE._replace(y=0)), (1, 0.8)),    # nor one elsewhere
     ("make the red circle green", (RED._replace(color="yellow"), BLUE), (0, 1)),
     ("make the red circle green", (RED._replace(color="green"), BLUE._replace(color="green")), (1, 0.8)),
     ("make the red circle green", (BLUE,), (0, 0.8)),

@@ -1,10 +1,8 @@
-import json
 
 import pytest
 import torch
 from helpers import TINY, layout, tiny_model
 
-from data import Words, make_condition
 from model import (PADDING, Condition, Config, Transformer, attention, attention_rule, condition_segments, flops, patchify)
 
 

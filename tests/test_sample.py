@@ -1,9 +1,8 @@
 import json
 
-import numpy as np
 import pytest
 import torch
-from helpers import ROOT, SMALL, run, tiny_model
+from helpers import SMALL, run, tiny_model
 from PIL import Image
 
 import data
