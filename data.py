@@ -1,7 +1,8 @@
 """Everything the model is shown: the toy world, image pairs from a JSONL file, prompts, and batches.
 
     python data.py show --data shapes64 --out world.png      a page of examples with their instructions
-    python data.py check pairs.jsonl                         every bad row of a data file, by line number
+    python data.py export --n 16 --out pairs                 examples as PNG files and a JSONL file
+    python data.py check pairs/pairs.jsonl                   every bad row of a data file, by line number
 
 The toy world is an endless stream that is a pure function of (seed, index). Its scenes are known exactly, so an edit can be
 judged exactly (metrics.py). Prompts follow the paper's Eq. 7 (expressive plans) and Eq. 8 (pause tokens); a tenth of
@@ -696,6 +697,28 @@ def show(flags):
     print(f"wrote {flags.out}")
 
 
+def export(flags):
+    """Write examples of a toy world as PNG files and a JSONL file: a data set in the form of your own."""
+    folder, dataset = Path(flags.out), Shapes(flags.data, flags.split, flags.seed)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "pairs.jsonl", "w") as file:
+            for index in tqdm(range(flags.n)):
+                sample, row = dataset.sample(index), {}
+                for key, image in (("source", sample.images[0] if sample.images else None), ("target", sample.target),
+                                   ("mask", sample.mask)):
+                    if image is not None:
+                        row[key] = f"{index:05d}_{key}.png"
+                        Image.fromarray(image).save(folder / row[key])
+                row = {"instruction": sample.instruction, "input_images": [row[k] for k in ("source",) if k in row],
+                       "output_image": row["target"], "mask": row.get("mask"), "plan": sample.plan,
+                       "source_caption": sample.source_caption, "target_caption": sample.target_caption, "task": sample.task}
+                file.write(json.dumps(row) + "\n")
+    except OSError as error:
+        raise InputError(f"--out {folder}: cannot write there ({error.strerror})") from None
+    print(f"wrote {flags.n} examples to {folder / 'pairs.jsonl'}")
+
+
 def check(flags):
     """Read every row and every image of a JSONL file; print each bad row; exit 1 if there is any."""
     good = bad = 0
@@ -720,20 +743,27 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.error = lambda message: sys.exit(f"data.py: {message}")
     commands = p.add_subparsers(required=True)
-    for name, function in (("show", show), ("check", check)):
-        command = commands.add_parser(name, help=function.__doc__)
+
+    def add(function):
+        command = commands.add_parser(function.__name__, help=function.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         command.error = p.error
         command.set_defaults(run=function)
-        if name == "check":
-            command.add_argument("data", help="a JSONL file")
-            continue
-        command.add_argument("--data", default="shapes", help="shapes, shapes64, or a JSONL file")
-        command.add_argument("--split", choices=("train", "iid", "novel"), default="train")
-        command.add_argument("--seed", type=int, default=0)
-        command.add_argument("--size", type=int, default=64, help="pixels of a side, for a file")
-        command.add_argument("--out", default="examples.png")
+        return command
+    add(check).add_argument("data", help="a JSONL file")
+    command = add(show)
+    command.add_argument("--data", default="shapes", help="shapes, shapes64, or a JSONL file")
+    command.add_argument("--split", choices=("train", "iid", "novel"), default="train")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--size", type=int, default=64, help="pixels of a side, for a file")
+    command.add_argument("--out", default="examples.png")
+    command = add(export)
+    command.add_argument("--data", choices=WORLDS, default="shapes")
+    command.add_argument("--split", choices=("train", "iid", "novel"), default="iid")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--n", type=int, default=16, help="examples")
+    command.add_argument("--out", default="pairs", help="folder")
     flags = p.parse_args()
-    if getattr(flags, "data", None) in WORLDS:
+    if flags.data in WORLDS:
         flags.size = WORLDS[flags.data].size
     flags.run(flags)
 

@@ -1,6 +1,7 @@
 """How good is an edit? The oracle of the toy world, which knows; and the tables and figures made from it.
 
     python metrics.py toy --ckpt out/toy/last.pt             exact, adherence and faithfulness by task and complexity
+    python metrics.py grid --ckpt A.pt --ckpt B.pt           the same edits by several models, as a picture
 
 adherence: was the instruction carried out? faithfulness: is everything else as it was? exact: both, in full. They are judged
 from source, instruction and output alone, by reading the scene back from the pixels; the target image is never looked at.
@@ -15,7 +16,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from data import (BACKGROUNDS, CAPTIONS, COLORS, EDITS, LIGHTS, NUMBERS, RELATIONS, STYLES, WORLDS, Scene, Shapes, Thing,
-                  corner, lit, plural, read_instruction, related, sprite)
+                  corner, lit, plural, read_instruction, related, sheet, sprite, wrap)
 from model import InputError
 
 # A cell that differs from the best drawing of it by more than this (root mean square, images in [0, 1]) is not readable.
@@ -235,25 +236,49 @@ def toy(flags):
         for name, output in (("output = source", lambda s: s.images[0]), ("output = target", lambda s: s.target)):
             values = means([judge(dataset.world, s.images[0], s.instruction, output(s)) for s in edits])
             print(f"{name:16}{len(edits):8}" + "".join(f"{values[score]:14.3f}" for score in SCORES))
-    picture = Path(flags.ckpt).with_name("toy.png")
-    bars(f"{flags.ckpt}: {flags.examples} held-out examples each", groups, picture)
-    print(f"\nwrote {picture}")
+    bars(f"{flags.ckpt}: {flags.examples} held-out examples each", groups, flags.out)
+    print(f"\nwrote {flags.out}")
+
+
+def grid(flags):
+    """A picture of the same held-out edits by several toy models: source and instruction, one row a model, target."""
+    from sample import evaluate, load_checkpoint
+    rows, n = [], 8
+    for path in flags.ckpt:
+        model, tokenizer, trained = load_checkpoint(path)
+        edits = evaluate(model, tokenizer, Shapes(trained["data"], "iid", trained["seed"]), range(n), flags.steps)
+        if not rows:
+            rows.append([(e["sample"].images[0], wrap(e["sample"].instruction, 18), False) for e in edits])
+        name = f"p_magd {trained['p_magd']:g}"
+        rows.append([(e["output"], f"{name}: {'exact' if e['exact'] else 'not exact'}", False) for e in edits])
+    rows.append([(e["sample"].target, "target", False) for e in edits])
+    sheet(rows, flags.out, 112 // rows[0][0][0].shape[0])
+    print(f"wrote {flags.out}")
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.error = lambda message: sys.exit(f"metrics.py: {message}")
-    p.add_argument("command", choices=["toy"])
-    p.add_argument("--ckpt", required=True, help="a checkpoint of train.py")
-    p.add_argument("--examples", type=int, default=512, help="of each held-out set")
+    p.add_argument("command", choices=["toy", "grid"])
+    p.add_argument("--ckpt", required=True, action="append", help="a checkpoint of train.py; grid takes several")
+    p.add_argument("--examples", type=int, default=512, help="toy: of each held-out set")
     p.add_argument("--steps", type=int, default=20, help="Euler steps")
-    p.add_argument("--pauses", type=int, default=0, help="pause tokens after each prompt")
-    p.add_argument("--text-scale", type=float, default=1.0)
-    p.add_argument("--image-scale", type=float, default=1.0)
+    p.add_argument("--pauses", type=int, default=0, help="toy: pause tokens after each prompt")
+    p.add_argument("--text-scale", type=float, default=1.0, help="toy: guidance by the prompt; 1 = none")
+    p.add_argument("--image-scale", type=float, default=1.0, help="toy: guidance by the image; 1 = none")
+    p.add_argument("--out", help="the picture; toy.png beside the checkpoint, or grid.png, if not given")
     flags = p.parse_args()
     if flags.examples < 1 or flags.steps < 1 or flags.pauses < 0:
         p.error("--examples and --steps should be at least 1, --pauses at least 0")
-    toy(flags)
+    if flags.command == "grid":
+        flags.out = flags.out or "grid.png"
+        grid(flags)
+    elif len(flags.ckpt) == 1:
+        flags.ckpt = flags.ckpt[0]
+        flags.out = flags.out or Path(flags.ckpt).with_name("toy.png")
+        toy(flags)
+    else:
+        p.error("toy takes one --ckpt")
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def parse_flags():
     p.add_argument("--resume", action="store_true", help="go on from last.pt in that folder")
     p.add_argument("--seed", type=none_or_more, default=0)
     # model
-    p.add_argument("--size", type=count, default=16, help="pixels of a side")
+    p.add_argument("--size", type=count, default=16, help="pixels of a side; a toy world brings its own")
     p.add_argument("--patch", type=count, default=4)
     p.add_argument("--width", type=count, default=128)
     p.add_argument("--layers", type=count, default=4)
@@ -333,7 +333,7 @@ def main():
         now = time.perf_counter()
         line = {"step": done, "loss": loss, "loss_by_t": [a / b if b else None for a, b in zip(values[:4], values[4:8])],
                 "masked_samples": values[8] / count, "masked_tokens": values[9] / count,
-                "grad_norm": values[10] * flags.batch / count, "lr": flags.lr * share, "images_per_s": count / (now - tick),
+                "grad_norm": values[10] / (count / flags.batch * world), "lr": flags.lr * share, "images_per_s": count / (now - tick),
                 "tflops": work * count / (now - tick) / 1e12}
         tick = now
         if main_process:
