@@ -154,7 +154,7 @@ def textured_pairs(folder, n=16, size=32):
 
 def test_it_overfits_sixteen_pairs_of_images_and_sample_reproduces_the_edits(tmp_path):
     textured_pairs(tmp_path)
-    run("train.py", "--data", tmp_path / "pairs.jsonl", "--size", 32, "--width", 96, "--mlp", 192, "--batch", 32, "--steps", 400,
+    run("train.py", "--data", tmp_path / "pairs.jsonl", "--size", 32, "--width", 96, "--mlp", 192, "--batch", 16, "--steps", 250,
         "--p-drop", 0, "--out", tmp_path / "run", check=0, OMP_NUM_THREADS="2")
     result = json.load(open(tmp_path / "run/result.json"))
     assert result["l1"] < 0.25 * result["l1_identity"] and result["l1"] < 0.05, result
