@@ -207,9 +207,9 @@ def bars(title, groups, path):
             y = 66 + r * block
             if c == 0:
                 pen.text((8, y + (block - 20) // 2), name, fill="black", font=font)
-            for k, breakdown in enumerate(groups.values()):
-                value = breakdown[name][1][score] if name in breakdown else None
-                if value is not None:
+            for k, group in enumerate(groups.values()):
+                if name in group:
+                    value = group[name][1][score]
                     pen.rectangle([x, y + k * height, x + 1 + 150 * value, y + (k + 1) * height - 2], fill=colors[k])
                     pen.text((x + 156, y + k * height - 1), f"{value:.2f}", fill="black", font=font)
     page.save(path)
