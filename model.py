@@ -351,7 +351,7 @@ class Transformer(nn.Module):
         if masked is not None:
             x = torch.where(masked[:, :, None], mask_token[:, None].to(x.dtype), x)       # its position stays
         x = x + self.positions(h // P, w // P)             # float32 from here on under autocast
-        features = timestep_features(t * self.cfg.time_scale).to(self.pos_embed.dtype)                                       # (B, 256)
+        features = timestep_features(t * self.cfg.time_scale).to(self.pos_embed.dtype)         # (B, 256)
         x = torch.cat([self.time_token(features)[:, None], x], dim=1)                     # (B, 1 + N, D)
 
         rope = self.rope(cache.length[:, None] + torch.arange(1 + N, device=x.device), cache.long)

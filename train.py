@@ -31,7 +31,7 @@ from metrics import means
 from model import Config, InputError, Transformer, autocast, flops
 from sample import evaluate, generate, noise, read_checkpoint
 
-PRESETS = {
+PRESETS = {                               # the flags that have no default of their own are set in each
     "toy": dict(data="shapes", size=16, patch=4, width=256, layers=3, heads=4, mlp=512, batch=64, steps=1400, lr=6e-3, muon_lr=0.03),
     "shapes64": dict(data="shapes64", size=64, patch=4, width=384, layers=8, heads=6, mlp=1024, batch=256, steps=10000, lr=1e-3,
                      muon_lr=0.01, p_plan=0.5, p_masked_source=0.5, ema=0.999, warmup=200, workers=8),
@@ -54,17 +54,17 @@ def parse_flags():
     p.error = lambda message: sys.exit(f"train.py: {message}")
     switch = argparse.BooleanOptionalAction
     p.add_argument("--preset", choices=PRESETS, default="toy", help="starting values; any flag overrides them")
-    p.add_argument("--data", default="shapes", help="shapes, shapes64, or a JSONL file of image pairs")
+    p.add_argument("--data", help="shapes, shapes64, or a JSONL file of image pairs")
     p.add_argument("--out", help="folder of the run; out/PRESET if not given")
     p.add_argument("--resume", action="store_true", help="go on from last.pt in that folder")
     p.add_argument("--seed", type=none_or_more, default=0)
     # model
-    p.add_argument("--size", type=count, default=16, help="pixels of a side; a toy world brings its own")
-    p.add_argument("--patch", type=count, default=4)
-    p.add_argument("--width", type=count, default=128)
-    p.add_argument("--layers", type=count, default=4)
-    p.add_argument("--heads", type=count, default=4)
-    p.add_argument("--mlp", type=count, default=256, help="hidden width of the feed-forward")
+    p.add_argument("--size", type=count, help="pixels of a side; a toy world brings its own")
+    p.add_argument("--patch", type=count)
+    p.add_argument("--width", type=count)
+    p.add_argument("--layers", type=count)
+    p.add_argument("--heads", type=count)
+    p.add_argument("--mlp", type=count, help="hidden width of the feed-forward")
     p.add_argument("--prediction", choices=magd.PREDICTIONS, default="velocity", help="what the network's output means")
     # the paper
     p.add_argument("--p-magd", type=share, default=0.5, help="chance that a sample of high noise is masked; 0 = plain training")
@@ -76,10 +76,10 @@ def parse_flags():
     p.add_argument("--p-plan", type=share, default=0.0, help="chance that a prompt carries its expressive plan")
     p.add_argument("--p-masked-source", type=share, default=0.0, help="chance of the masked source as one more image")
     # optimisation
-    p.add_argument("--steps", type=count, default=1400)
-    p.add_argument("--batch", type=count, default=64, help="samples a step, over all processes")
-    p.add_argument("--lr", type=positive, default=4e-3, help="of AdamW")
-    p.add_argument("--muon-lr", type=zero_or_more, default=0.02, help="of Muon on the matrices of the blocks; 0 = AdamW for all")
+    p.add_argument("--steps", type=count)
+    p.add_argument("--batch", type=count, help="samples a step, over all processes")
+    p.add_argument("--lr", type=positive, help="of AdamW")
+    p.add_argument("--muon-lr", type=zero_or_more, help="of Muon on the matrices of the blocks; 0 = AdamW for all")
     p.add_argument("--weight-decay", type=zero_or_more, default=0.0)
     p.add_argument("--warmup", type=none_or_more, default=50, help="steps")
     p.add_argument("--clip", type=positive, default=1.0, help="largest norm of the gradient")
@@ -95,7 +95,9 @@ def parse_flags():
     p.add_argument("--log-every", type=count, default=20)
     p.add_argument("--save-every", type=count, default=200)
     p.add_argument("--sample-every", type=count, default=400)
-    p.set_defaults(**PRESETS[p.parse_known_args()[0].preset])
+    preset = argparse.ArgumentParser(add_help=False)       # looked at first, so that --help shows the preset's values
+    preset.add_argument("--preset", default="toy")
+    p.set_defaults(**PRESETS.get(preset.parse_known_args()[0].preset, {}))
     flags = p.parse_args()
     flags.out = flags.out or f"out/{flags.preset}"
     if flags.data in WORLDS:
