@@ -3,6 +3,7 @@
     python data.py show --data shapes64 --out world.png      a page of examples with their instructions
     python data.py export --n 16 --out pairs                 examples as PNG files and a JSONL file
     python data.py check pairs/pairs.jsonl                   every bad row of a data file, by line number
+    python data.py latents pairs.jsonl --init omnigen:DIR    encode its images once, for training OmniGen
 
 The toy world is an endless stream that is a pure function of (seed, index). Its scenes are known exactly, so an edit can be
 judged exactly (metrics.py). Prompts follow the paper's Eq. 7 (expressive plans) and Eq. 8 (pause tokens); a tenth of
@@ -10,10 +11,14 @@ them is emptied so that guidance has something to compare with (Sec. 5, setup).
 """
 import argparse
 import difflib
+import hashlib
+import itertools
 import json
+import os
 import random
 import re
 import sys
+import zlib
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -24,7 +29,7 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
-from model import PADDING, TEXT, Condition, InputError
+from model import PADDING, TEXT, Condition, InputError, load_vae, optional, read_json
 
 # --------------------------------------------------------------------------------------- the toy world: what there is
 
@@ -320,11 +325,12 @@ def combinations(edits, scene):
 
 @dataclass
 class Sample:
-    """One example. Images are (h, w, 3) uint8; `images` are the references in the order of their tags."""
+    """One example. Images are (h, w, 3) uint8, or latents (C, h, w); `images` are the references in the order of their tags."""
     instruction: str
-    target: np.ndarray
+    target: np.ndarray | torch.Tensor
     images: list = field(default_factory=list)
     mask: np.ndarray | None = None        # (h, w) bool, True = changed by the edit
+    blanked: np.ndarray | torch.Tensor | None = None       # the first image without what the mask covers
     plan: list = field(default_factory=list)
     source_caption: str = ""
     target_caption: str = ""
@@ -342,6 +348,9 @@ class Shapes:
     def __init__(self, world, split="train", seed=0):
         self.world, self.split, self.seed = WORLDS[world], split, seed
         self.words = world_words()
+
+    def bucket(self, index):
+        return self.world.size, self.world.size
 
     def sample(self, index):
         rng = random.Random(f"{self.seed}/{self.split}/{index}")
@@ -370,9 +379,11 @@ class Shapes:
             free = [t for t in free if t.name != named]
             names |= {t.name for t in scene.things}
         source, target = render(world, before), render(world, scene)
-        return Sample(" and ".join(map(phrase, edits)), target, [source], (source != target).any(axis=2),
-                      plan_of(world, edits, before, scene), describe(before), describe(scene),
-                      edits[0].task if len(edits) == 1 else "several", len(edits)), combinations(edits, before)
+        mask = (source != target).any(axis=2)
+        sample = Sample(" and ".join(map(phrase, edits)), target, [source], mask, blank(source, mask),
+                        plan_of(world, edits, before, scene), describe(before), describe(scene),
+                        edits[0].task if len(edits) == 1 else "several", len(edits))
+        return sample, combinations(edits, before)
 
     def caption_sample(self, rng):
         """Text-to-image with one of GenEval's six kinds of caption."""
@@ -421,6 +432,32 @@ def open_image(path):
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path}: not an image that can be read ({error})") from None
+
+
+def blank(image, mask):
+    """The masked source of the paper: image (h, w, 3) with its edited region, mask (h, w), gray."""
+    return np.where(mask[:, :, None], np.uint8(128), image)
+
+
+def prepare(image, most=1024):
+    """An image as OmniGen takes it -> (h, w, 3) uint8: no side longer than `most`, none shorter than 16, cropped to multiples of 16."""
+    while min(image.size) >= 2 * most:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+
+    def scale(image, factor):
+        return image.resize([max(1, round(side * factor)) for side in image.size], Image.Resampling.BICUBIC)
+    if max(image.size) > most:
+        image = scale(image, most / max(image.size))
+    if min(image.size) < 16:
+        image = scale(image, 16 / min(image.size))
+    left, top = image.width % 16 // 2, image.height % 16 // 2
+    return np.asarray(image)[top:top + image.height // 16 * 16, left:left + image.width // 16 * 16]
+
+
+def bucket(width, height, most):
+    """The (width, height) an image is trained at: no side longer than `most`, both multiples of 64, so that batches of one size fill."""
+    factor = min(1, most / max(width, height))
+    return tuple(max(64, round(side * factor / 64) * 64) for side in (width, height))
 
 
 def read_rows(path):
@@ -496,21 +533,125 @@ class Pairs:
         text = " ".join(" ".join([row["instruction"], *(row.get("plan") or [])]) for _, row in self.rows)
         self.words = sorted(set(split_words(re.sub(TAG, " ", text))) - set(Words.special))
 
+    def bucket(self, index):
+        return self.size, self.size
+
     def sample(self, index):
-        epoch, place = divmod(index, len(self.rows))
-        number, row = self.rows[shuffled(len(self.rows), f"{self.seed}/{epoch}")[place]]
+        number, row = shuffled(self.rows, self.seed, index)
         try:
-            mask = row.get("mask") and np.asarray(open_image(row["mask"]).convert("L").resize((self.size,) * 2)) > 127
-            return Sample(row["instruction"], fit(open_image(row["output_image"]), self.size),
-                          [fit(open_image(name), self.size) for name in row["input_images"]], mask, row.get("plan") or [],
-                          row.get("source_caption") or "", row.get("target_caption") or "", row.get("task") or "")
+            target = fit(open_image(row["output_image"]), self.size)
+            images = [fit(open_image(name), self.size) for name in row["input_images"]]
+            mask = fit(open_image(row["mask"]), self.size)[:, :, 0] > 127 if row.get("mask") else None
         except InputError as error:
             raise InputError(f"{self.path}:{number}: {error}") from None
+        return Sample(row["instruction"], target, images, mask, blank(images[0], mask) if mask is not None and images else None,
+                      row.get("plan") or [], row.get("source_caption") or "", row.get("target_caption") or "", row.get("task") or "")
 
 
-@lru_cache(2)
-def shuffled(n, seed):
+def shuffled(items, seed, index):
+    """The index-th of an endless stream that shuffles the items anew in each epoch."""
+    epoch, place = divmod(index, len(items))
+    return items[permutation(len(items), f"{seed}/{epoch}")[place]]
+
+
+@lru_cache(4)
+def permutation(n, seed):
     return random.Random(seed).sample(range(n), n)
+
+
+# ------------------------------------------------------------------------------------------- latents of real images
+# `python data.py latents` encodes every image of a JSONL file once. A cache is a folder with cache.json (which autoencoder, which
+# size), and for each process that wrote it a file of float16 numbers, memory-mapped, and an index of one JSON line an image.
+
+def cache_header(vae_folder, size):
+    with open(Path(vae_folder) / "diffusion_pytorch_model.safetensors", "rb") as file:
+        return {"size": size, "vae": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def needed(row):
+    """A row -> (key, image, mask) of each latent it needs: reference images, target, and the source without the masked region."""
+    latents = [(name, name, None) for name in [*row["input_images"], row["output_image"]]]
+    if row.get("mask") and row["input_images"]:
+        source, mask = row["input_images"][0], row["mask"]
+        latents.append((f"{source} without {mask}", source, mask))
+    return latents
+
+
+def read_cache(folder, header):
+    """-> {key: line of the index}, the last line of a key counts."""
+    path = Path(folder) / "cache.json"
+    if not path.is_file():
+        raise InputError(f"{folder}: there are no latents. Make them with: python data.py latents DATA.jsonl --init omnigen:FOLDER")
+    found = read_json(path)
+    if found != header:
+        wrong = "of another autoencoder" if found.get("vae") != header["vae"] else f"made at size {found['size']}, not {header['size']}"
+        raise InputError(f"{folder}: these latents are {wrong}. Make new ones with `python data.py latents` in another --out folder.")
+    entries = {}
+    for index in sorted(Path(folder).glob("*.jsonl")):
+        for line in index.read_text().splitlines(keepends=True):
+            if line.endswith("\n"):                                   # the last line of a killed run may be cut off
+                entry = json.loads(line)
+                entries[entry["key"]] = entry
+    return entries
+
+
+class Latents:
+    """The rows of a JSONL file as an endless stream of latents: a share p_edit of edits, the rest text-to-image.
+
+    Text-to-image rows are those without input images; if there are none, the target captions of the edits serve.
+    """
+
+    def __init__(self, path, folder, header, seed=0, p_edit=0.5):
+        self.path, self.folder, self.seed, self.p_edit = path, Path(folder), seed, p_edit
+        rows, root = read_rows(path), Path(path).parent
+        self.entries, self.files = read_cache(folder, header), {}
+        for number, row in rows:
+            for key, _, _ in needed(row):
+                if relative(key, root) not in self.entries:
+                    raise InputError(f"{path}:{number}: {key} is not in {folder}; run `python data.py latents {path}` again")
+        self.root = root
+        self.edits = [(number, row) for number, row in rows if row["input_images"]]
+        self.texts = [(number, row) for number, row in rows if not row["input_images"]] or [
+            (number, {**row, "instruction": row["target_caption"], "input_images": [], "plan": []}) for number, row in rows
+            if row.get("target_caption")]
+        if p_edit > 0 and not self.edits:
+            raise InputError(f"{path}: no row has input_images, so there is nothing to edit; --p-edit 0 trains text-to-image only")
+        if p_edit < 1 and not self.texts:
+            raise InputError(f"{path}: every row is an edit without target_caption, so there is nothing for text-to-image, which is "
+                             f"{1 - p_edit:.0%} of the training; add such rows, or train on edits only with --p-edit 1")
+
+    def row(self, index):
+        before = int(index * self.p_edit)                              # edits among the samples 0 ... index - 1
+        if int((index + 1) * self.p_edit) > before:
+            return shuffled(self.edits, f"{self.seed}/edit", before)
+        return shuffled(self.texts, f"{self.seed}/text", index - before)
+
+    def bucket(self, index):
+        return self.entries[relative(self.row(index)[1]["output_image"], self.root)]["shape"]
+
+    def latent(self, key, generator):
+        """One draw of the autoencoder's posterior, (C, h, w) float32."""
+        entry = self.entries[relative(key, self.root)]
+        count, start = int(np.prod(entry["shape"])), entry["offset"] // 2
+        if entry["file"] not in self.files:
+            self.files[entry["file"]] = np.memmap(self.folder / entry["file"], np.float16, "r")
+        data = self.files[entry["file"]][start:start + count]
+        if zlib.crc32(data.tobytes()) != entry["crc32"]:
+            raise InputError(f"{self.folder / entry['file']}: the latent of {key} is damaged; delete {self.folder} and make it anew")
+        mean, std = torch.from_numpy(data.astype(np.float32)).view(entry["shape"]).chunk(2)
+        return mean + std * torch.randn(mean.shape, generator=generator)
+
+    def sample(self, index):
+        number, row = self.row(index)
+        generator = torch.Generator().manual_seed(random.Random(f"latents/{self.seed}/{index}").getrandbits(62))
+        *images, target = (self.latent(name, generator) for name in [*row["input_images"], row["output_image"]])
+        blanked = self.latent(needed(row)[-1][0], generator) if row.get("mask") and images else None
+        return Sample(row["instruction"], target, images, None, blanked, row.get("plan") or [], task=row.get("task") or "")
+
+
+def relative(key, root):
+    """Keys of the index are relative to the JSONL file, so that data and cache can move together."""
+    return " without ".join(os.path.relpath(part, root) for part in key.split(" without "))
 
 
 # ------------------------------------------------------------------------------------------- prompts
@@ -530,6 +671,7 @@ class Words:
     pause = "<pause>"
     empty = "<cfg>"                       # the prompt with nothing in it
     bos = None
+    limit = 131072                        # tokens of a prompt with its images
 
     def __init__(self, words):
         self.words = list(words)
@@ -546,6 +688,28 @@ class Words:
                 raise InputError(f"unknown word {word!r}; the nearest known ones are: {', '.join(near)}")
             ids.append(self.ids[word])
         return ids
+
+
+class BPE:
+    """OmniGen's own tokenizer and prompt. The ids of all special tokens are those of its tokenizer.json."""
+    template = "<|user|>\nGenerate an image according to the following instructions\n{}<|end|>\n<|assistant|>\n<|diffusion|>"
+    images_first = True
+    empty = "<cfg>"                       # the prompt of unconditional training
+
+    def __init__(self, folder, pause="<|placeholder1|>", limit=131072):
+        path = Path(folder) / "tokenizer.json"
+        read_json(path)                   # a missing or broken file has a clearer message here
+        self.tokenizer = optional("tokenizers").Tokenizer.from_file(str(path))
+        self.tokenizer.no_truncation()
+        self.bos, self.pause, self.limit = self.tokenizer.token_to_id("<s>"), pause, limit
+        if self.tokenizer.token_to_id(pause) is None:
+            raise InputError(f"{path}: {pause!r}, the pause token, is not one of its tokens; choose one with --pause-token")
+
+    def __len__(self):
+        return self.tokenizer.get_vocab_size()
+
+    def encode(self, text):
+        return self.tokenizer.encode(text).ids
 
 
 def place_images(instruction, n, images_first=True):
@@ -580,12 +744,14 @@ def tokenize(tokenizer, prompt, sizes):
         if k < len(order):
             ids += [0] * sizes[order[k]]
             kind += [k + 1] * sizes[order[k]]
+    if len(ids) > tokenizer.limit:
+        raise InputError(f"the prompt and its images make {len(ids)} tokens; the model takes at most {tokenizer.limit}")
     return ids, kind, order
 
 
 def to_tensor(image):
-    """(..., h, w, 3) uint8 -> (..., 3, h, w) in [-1, 1]"""
-    return torch.from_numpy(image.copy()).movedim(-1, -3).float() / 127.5 - 1
+    """(..., h, w, 3) uint8 -> (..., 3, h, w) in [-1, 1]; a latent stays as it is"""
+    return image if torch.is_tensor(image) else torch.from_numpy(image.copy()).movedim(-1, -3).float() / 127.5 - 1
 
 
 def to_array(x):
@@ -611,7 +777,7 @@ class Batch(NamedTuple):
     x1: torch.Tensor                      # (B, C, h, w) targets
     condition: Condition
     source: torch.Tensor                  # (B, C, h, w) first reference image; anything where there is none
-    edit: torch.Tensor                    # (B,) bool: is there one?
+    edit: torch.Tensor                    # (B,) bool: is there one, of the target's size?
     seeds: list                           # one per sample, for the random numbers of the loss
 
 
@@ -619,7 +785,7 @@ def training_prompt(tokenizer, sample, rng, p_drop, p_plan, p_masked_source):
     """One sample as the model sees it in training -> (prompt, images).
 
     With probability p_drop the instruction is emptied, and in half of those cases the images go too: the two weaker
-    branches of guidance. With p_masked_source, the source with the edited region blanked is one more image.
+    branches of guidance. With p_masked_source, the source without the edited region is one more image.
     """
     drop, plan, masked = rng.random(), rng.random(), rng.random()      # always three draws: options do not shift the others
     images = [to_tensor(image) for image in sample.images]
@@ -628,24 +794,35 @@ def training_prompt(tokenizer, sample, rng, p_drop, p_plan, p_masked_source):
     if drop < p_drop:
         return make_prompt(tokenizer, "", len(images)), images
     instruction = place_images(sample.instruction, len(images), tokenizer.images_first)
-    if sample.mask is not None and masked < p_masked_source:
-        images.append(images[0] * torch.from_numpy(~sample.mask))
+    if sample.blanked is not None and masked < p_masked_source:
+        images.append(to_tensor(sample.blanked))
         extra = f"<img><|image_{len(images)}|></img>"
         instruction = f"{extra} {instruction}" if tokenizer.images_first else f"{instruction} {extra}"
     return make_prompt(tokenizer, instruction, len(images), sample.plan if plan < p_plan else ()), images
 
 
 def make_batch(dataset, indices, tokenizer, patch, seed, p_drop, p_plan, p_masked_source):
-    """The samples of these indices as a Batch; all randomness is a function of (seed, index)."""
+    """The samples of these indices, with targets of one size, as a Batch; all randomness is a function of (seed, index)."""
     samples = [dataset.sample(index) for index in indices]
     chances = [random.Random(f"batch/{seed}/{index}") for index in indices]
     seeds = [rng.getrandbits(62) for rng in chances]
     rows = [training_prompt(tokenizer, sample, rng, p_drop, p_plan, p_masked_source) for sample, rng in zip(samples, chances)]
-    edit = torch.tensor([bool(sample.images) for sample in samples])
-    source = np.stack([sample.images[0] if sample.images else np.zeros_like(sample.target) for sample in samples])
-    return Batch(to_tensor(np.stack([sample.target for sample in samples])),
+    edit = torch.tensor([bool(sample.images) and sample.images[0].shape == sample.target.shape for sample in samples])
+    source = [sample.images[0] if e else sample.target for sample, e in zip(samples, edit)]
+    return Batch(torch.stack([to_tensor(sample.target) for sample in samples]),
                  make_condition(tokenizer, [prompt for prompt, _ in rows], [images for _, images in rows], patch),
-                 to_tensor(source), edit, seeds)
+                 torch.stack([to_tensor(image) for image in source]), edit, seeds)
+
+
+def micro_batches(dataset, size):
+    """Cut the endless data set into tuples of `size` indices whose targets have one shape, in the order in which they fill."""
+    waiting = {}
+    for index in itertools.count():
+        group = waiting.setdefault(tuple(dataset.bucket(index)), [])
+        group.append(index)
+        if len(group) == size:
+            yield tuple(group)
+            group.clear()
 
 
 # ------------------------------------------------------------------------------------------- pictures
@@ -739,6 +916,78 @@ def check(flags):
     sys.exit(bad > 0)
 
 
+def latents(flags):
+    """Encode every image of a JSONL file with the autoencoder, for train.py. Continues where a killed run stopped."""
+    # torchrun --nproc-per-node N data.py latents ... shares the work: a key belongs to one process by its checksum
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    if flags.size % 64 or flags.size < 64:
+        raise InputError(f"--size {flags.size}: a multiple of 64 is needed")
+    vae = load_vae(omnigen_folder(flags.init) / "vae", device)
+    header, root = cache_header(omnigen_folder(flags.init) / "vae", flags.size), Path(flags.data).parent
+    folder = Path(flags.out or Path(flags.data).with_suffix(".latents"))
+    data, index = folder / f"{rank}.f16", folder / f"{rank}.jsonl"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "cache.json").exists():
+            (folder / f"cache.json.{rank}").write_text(json.dumps(header))
+            os.replace(folder / f"cache.json.{rank}", folder / "cache.json")
+        done = read_cache(folder, header)
+        # what a killed run left half-written goes: a torn last line, and numbers without a line
+        lines = [line for line in (index.read_text() if index.exists() else "").splitlines(keepends=True) if line.endswith("\n")]
+        index.write_text("".join(lines))
+        end = max([entry["offset"] + 2 * int(np.prod(entry["shape"])) for entry in map(json.loads, lines)], default=0)
+        with open(data, "ab") as file:
+            file.truncate(end)
+    except OSError as error:
+        raise InputError(f"--out {folder}: cannot write there ({error.strerror})") from None
+
+    todo = {}
+    for number, row in read_rows(flags.data):
+        for key, image, mask in needed(row):
+            key = relative(key, root)
+            if zlib.crc32(key.encode()) % world == rank and done.get(key, {}).get("bytes") != file_sizes(image, mask):
+                todo.setdefault(key, (number, key, image, mask))
+
+    def load(item):
+        number, key, image, mask = item
+        try:
+            picture = open_image(image)
+            size = bucket(*picture.size, flags.size)
+            picture = np.asarray(ImageOps.fit(picture, size, Image.Resampling.BICUBIC))
+            if mask:
+                picture = blank(picture, np.asarray(ImageOps.fit(open_image(mask), size))[:, :, 0] > 127)
+        except InputError as error:
+            return key, None, f"{flags.data}:{number}: {error}"
+        return key, file_sizes(image, mask), to_tensor(picture)
+
+    work = torch.utils.data.DataLoader(list(todo.values()), batch_size=None, collate_fn=load, num_workers=flags.workers)
+    with open(data, "ab") as numbers, open(index, "a") as lines:
+        for key, sizes, picture in tqdm(work, desc="latents", unit="image", disable=rank > 0):
+            if sizes is None:
+                raise InputError(picture)
+            latent = torch.cat(vae.encode(picture[None].to(device)), dim=1)[0].half().cpu().numpy()
+            entry = {"key": key, "file": data.name, "offset": numbers.tell(), "shape": latent.shape, "bytes": sizes,
+                     "crc32": zlib.crc32(latent.tobytes())}
+            numbers.write(latent.tobytes())
+            numbers.flush()
+            os.fsync(numbers.fileno())
+            lines.write(json.dumps(entry) + "\n")                      # only now is it there
+            lines.flush()
+    print(f"{folder}: {len(todo)} new latents, {len(done)} were there" + f" (process {rank})" * (world > 1))
+
+
+def file_sizes(image, mask):
+    """Bytes of the files that a latent comes from: a file that was exchanged is encoded again."""
+    return [os.path.getsize(name) if os.path.exists(name) else None for name in (image, mask) if name]
+
+
+def omnigen_folder(init):
+    if not init.startswith("omnigen:"):
+        raise InputError(f"--init {init}: omnigen:FOLDER is needed, with the files of OmniGen-v1 in FOLDER")
+    return Path(init.removeprefix("omnigen:"))
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.error = lambda message: sys.exit(f"data.py: {message}")
@@ -762,6 +1011,12 @@ def main():
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--n", type=int, default=16, help="examples")
     command.add_argument("--out", default="pairs", help="folder")
+    command = add(latents)
+    command.add_argument("data", help="a JSONL file")
+    command.add_argument("--init", required=True, help="omnigen:FOLDER, for the autoencoder in FOLDER/vae")
+    command.add_argument("--size", type=int, default=1024, help="longest side in pixels")
+    command.add_argument("--out", help="folder; DATA.latents if not given")
+    command.add_argument("--workers", type=int, default=2, help="processes that read images")
     flags = p.parse_args()
     if flags.data in WORLDS:
         flags.size = WORLDS[flags.data].size

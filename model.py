@@ -10,12 +10,17 @@ Letters, the same in every file:
     C channels of a latent (pixels: 3)   h, w height and width of a latent   P patch size
 Time runs from noise to data: t = 0 is pure noise, t = 1 is the image. Boolean masks are named for what True means.
 """
+import importlib
+import json
 import math
+import os
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
@@ -387,3 +392,297 @@ def autocast(device, enabled=True):
     """bf16 matrix products where the device is fast at them: CUDA, and CPUs with matrix units for it."""
     cpu_has_it = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled and (torch.device(device).type == "cuda" or cpu_has_it))
+
+
+# ------------------------------------------------------------------------------------------------- autoencoder
+
+class Resnet(nn.Module):
+    def __init__(self, c_in, c_out, groups):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, c_in, eps=1e-6)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, c_out, eps=1e-6)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        if c_in != c_out:
+            self.conv_shortcut = nn.Conv2d(c_in, c_out, 1)
+
+    def forward(self, x):                                                                 # (B, c_in, h, w)
+        y = self.conv1(F.silu(self.norm1(x)))                                             # (B, c_out, h, w)
+        y = self.conv2(F.silu(self.norm2(y)))
+        return y + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+
+
+class PixelAttention(nn.Module):
+    """One head over all positions."""
+
+    def __init__(self, channels, groups):
+        super().__init__()
+        self.group_norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def forward(self, x):                                                                 # (B, c, h, w)
+        y = rearrange(self.group_norm(x), "b c h w -> b 1 (h w) c")
+        y = F.scaled_dot_product_attention(self.to_q(y), self.to_k(y), self.to_v(y))      # (B, 1, h*w, c)
+        return x + rearrange(self.to_out[0](y), "b 1 (h w) c -> b c h w", h=x.shape[2])
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x):
+        return self.conv(F.pad(x, (0, 1, 0, 1)))                                          # (B, c, h/2, w/2)
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))              # (B, c, 2h, 2w)
+
+
+class Stage(nn.Module):
+    """Resnets at one resolution, then a change of resolution. The names are those of the released file."""
+
+    def __init__(self, c_in, c_out, resnets, groups, down=False, up=False):
+        super().__init__()
+        self.resnets = nn.ModuleList(Resnet(c_out if k else c_in, c_out, groups) for k in range(resnets))
+        if down:
+            self.downsamplers = nn.ModuleList([Downsample(c_out)])
+        if up:
+            self.upsamplers = nn.ModuleList([Upsample(c_out)])
+
+    def forward(self, x):
+        for part in self.children():
+            for layer in part:
+                x = layer(x)
+        return x
+
+
+class Middle(nn.Module):
+    def __init__(self, channels, groups):
+        super().__init__()
+        self.attentions = nn.ModuleList([PixelAttention(channels, groups)])
+        self.resnets = nn.ModuleList(Resnet(channels, channels, groups) for _ in range(2))
+
+    def forward(self, x):
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+class Encoder(nn.Module):
+    def __init__(self, channels, groups, latent):
+        super().__init__()
+        last = len(channels) - 1
+        self.conv_in = nn.Conv2d(3, channels[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList(Stage(channels[max(k - 1, 0)], c, 2, groups, down=k < last) for k, c in enumerate(channels))
+        self.mid_block = Middle(channels[-1], groups)
+        self.conv_norm_out = nn.GroupNorm(groups, channels[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(channels[-1], 2 * latent, 3, padding=1)
+
+    def forward(self, x):                                                                 # (B, 3, 8h, 8w)
+        x = self.conv_in(x)
+        for stage in self.down_blocks:
+            x = stage(x)
+        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))               # (B, 2 * latent, h, w)
+
+
+class Decoder(nn.Module):
+    def __init__(self, channels, groups, latent):
+        super().__init__()
+        channels, last = channels[::-1], len(channels) - 1
+        self.conv_in = nn.Conv2d(latent, channels[0], 3, padding=1)
+        self.mid_block = Middle(channels[0], groups)
+        self.up_blocks = nn.ModuleList(Stage(channels[max(k - 1, 0)], c, 3, groups, up=k < last) for k, c in enumerate(channels))
+        self.conv_norm_out = nn.GroupNorm(groups, channels[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(channels[-1], 3, 3, padding=1)
+
+    def forward(self, z):                                                                 # (B, latent, h, w)
+        x = self.mid_block(self.conv_in(z))
+        for stage in self.up_blocks:
+            x = stage(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))                               # (B, 3, 8h, 8w)
+
+
+class VAE(nn.Module):
+    """The autoencoder of SDXL (AutoencoderKL): 8 x 8 pixels become one position of a latent with 4 channels.
+
+    Latents, here and in every file, are scaled to about unit size. Images are (B, 3, H, W) in [-1, 1], sides multiples of 8.
+    """
+
+    def __init__(self, channels=(128, 256, 512, 512), groups=32, latent=4, scale=0.13025):
+        super().__init__()
+        self.scale = scale
+        self.encoder = Encoder(channels, groups, latent)
+        self.decoder = Decoder(channels, groups, latent)
+        self.quant_conv = nn.Conv2d(2 * latent, 2 * latent, 1)
+        self.post_quant_conv = nn.Conv2d(latent, latent, 1)
+
+    @torch.no_grad()
+    def encode(self, image):
+        """image (B, 3, H, W) -> mean and standard deviation of its latent, each (B, 4, H/8, W/8)."""
+        mean, logvar = self.quant_conv(self.encoder(image)).chunk(2, dim=1)
+        return mean * self.scale, (0.5 * logvar.clamp(-30, 20)).exp() * self.scale
+
+    @torch.no_grad()
+    def decode(self, latent):                                                             # (B, 4, h, w)
+        return self.decoder(self.post_quant_conv(latent / self.scale))                    # (B, 3, 8h, 8w)
+
+
+# ----------------------------------------------------------------------------------------------- released files
+
+def optional(name):
+    """Import a package that only pretrained files need."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise InputError(f"reading pretrained files needs the package {name}: pip install tokenizers safetensors") from None
+
+
+def read_json(path):
+    if not path.is_file():
+        raise InputError(f"{path}: there is no such file. The README says which files of OmniGen-v1 are needed and where to get them.")
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error})") from None
+
+
+def load_weights(model, path, dtype, device):
+    """Give a model made on the device `meta` its weights from a .safetensors file, or from its shards, one tensor at a time.
+
+    Strict: a tensor that is missing, unknown or of another shape is named. A sharded model (FSDP2) keeps only its own rows.
+    """
+    from torch.distributed.tensor import DTensor, distribute_tensor
+    safetensors = optional("safetensors")
+    index = path.with_name(f"{path.name}.index.json")
+    names = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else [path.name]
+    expected, where = model.state_dict(), {}
+    for file in (path.with_name(name) for name in names):
+        if not file.is_file():
+            raise InputError(f"{file}: there is no such file. The README says where to get the weights.")
+        try:
+            with safetensors.safe_open(file, "pt") as tensors:
+                where |= {key: (file, tuple(tensors.get_slice(key).get_shape())) for key in tensors.keys()}
+        except safetensors.SafetensorError as error:
+            raise InputError(f"{file}: not a whole .safetensors file ({error}); get it again") from None
+    wrong = [f"{key} is missing" for key in expected if key not in where]
+    wrong += [f"{key} is unknown" for key in where if key not in expected]
+    wrong += [f"{key} has the shape {where[key][1]} instead of {tuple(value.shape)}" for key, value in expected.items()
+              if key in where and where[key][1] != tuple(value.shape)]
+    if wrong:
+        raise InputError(f"{path}: the weights do not fit the config.json beside them: {'; '.join(wrong[:3])}"
+                         + f"; and {len(wrong) - 3} more" * (len(wrong) > 3))
+    weights = {}
+    for file in dict.fromkeys(file for file, _ in where.values()):
+        with safetensors.safe_open(file, "pt") as tensors:
+            for key in tensors.keys():
+                value, like = tensors.get_tensor(key).to(device, dtype, copy=True), expected[key]
+                if isinstance(like, DTensor):
+                    value = distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+                weights[key] = value
+    model.load_state_dict(weights, assign=True)
+    return model
+
+
+# config.json of OmniGen-v1 is that of its language model, Phi-3
+CONFIG_KEYS = {"vocab_size": "vocab", "hidden_size": "width", "num_hidden_layers": "layers", "num_attention_heads": "heads",
+               "intermediate_size": "mlp", "rope_theta": "rope_theta", "max_position_embeddings": "max_positions",
+               "original_max_position_embeddings": "original_positions", "rms_norm_eps": "eps"}
+CONFIG_FIXED = {"model_type": "phi3", "hidden_act": "silu", "tie_word_embeddings": False}
+
+
+def read_config(folder):
+    """config.json of OmniGen-v1 -> Config. Whatever this transformer does not do is refused."""
+    path = Path(folder) / "config.json"
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: a JSON object is needed")
+    for key, value in CONFIG_FIXED.items():
+        if found.get(key, value if key != "model_type" else None) != value:
+            raise InputError(f"{path}: {key} is {found.get(key)!r}, OmniGen-v1 has {value!r}: this is another architecture")
+    missing = [key for key in CONFIG_KEYS if key not in found]
+    if missing:
+        raise InputError(f"{path}: the keys {', '.join(missing)} are missing")
+    heads = found["num_attention_heads"]
+    if found.get("num_key_value_heads", heads) != heads:
+        raise InputError(f"{path}: {found['num_key_value_heads']} key-value heads for {heads} heads; OmniGen-v1 has as many of each")
+    rope = found.get("rope_scaling") or {}
+    if rope and (rope.get("type") not in ("su", "longrope") or not {"short_factor", "long_factor"} <= set(rope)):
+        raise InputError(f"{path}: rope_scaling of type {rope.get('type')!r}; OmniGen-v1 has 'su' with short_factor and long_factor")
+    cfg = Config(**{ours: found[theirs] for theirs, ours in CONFIG_KEYS.items()}, short_factor=rope.get("short_factor"),
+                 long_factor=rope.get("long_factor"))
+    half = cfg.width // cfg.heads // 2
+    if rope and {len(cfg.short_factor), len(cfg.long_factor)} != {half}:
+        raise InputError(f"{path}: {len(cfg.short_factor)} short and {len(cfg.long_factor)} long RoPE factors; heads of {2 * half} need {half}")
+    return cfg
+
+
+def load_omnigen(folder, dtype=torch.float32, device="cpu", shard=lambda model: None):
+    """OmniGen-v1 from a folder with config.json and model.safetensors, as published -> Transformer.
+
+    Memory peaks at one copy of the weights. `shard` may split the empty model over processes before the weights come.
+    """
+    with torch.device("meta"):
+        model = Transformer(read_config(folder))
+    shard(model)
+    return load_weights(model, Path(folder) / "model.safetensors", dtype, device)
+
+
+def save_omnigen(model, folder):
+    """Write config.json and model.safetensors as published, for load_omnigen, OmniGen's own code and the converter of diffusers.
+
+    A sharded model is gathered: then all processes call this, and the first one writes.
+    """
+    cfg, folder = model.cfg, Path(folder)
+    theirs = Config(**{key: getattr(cfg, key) for key in [*CONFIG_KEYS.values(), "short_factor", "long_factor"]})
+    if cfg != theirs:
+        changed = [key for key, value in vars(cfg).items() if value != getattr(theirs, key)]
+        raise InputError(f"OmniGen's format cannot hold a model with another {', '.join(changed)}")
+    weights = whole(model.state_dict())
+    if weights is None:
+        return
+    rope = cfg.long_factor and {"type": "su", "short_factor": cfg.short_factor, "long_factor": cfg.long_factor}
+    config = {"architectures": ["Phi3ForCausalLM"], **CONFIG_FIXED, **{key: getattr(cfg, ours) for key, ours in CONFIG_KEYS.items()},
+              "num_key_value_heads": cfg.heads, "rope_scaling": rope, "bos_token_id": 1, "eos_token_id": 2,
+              "pad_token_id": min(32000, cfg.vocab - 1), "sliding_window": cfg.max_positions,
+              "torch_dtype": str(weights["pos_embed"].dtype).removeprefix("torch.")}
+    folder.mkdir(parents=True, exist_ok=True)
+    optional("safetensors.torch").save_file(weights, folder / "model.safetensors.tmp", metadata={"format": "pt"})
+    os.replace(folder / "model.safetensors.tmp", folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+
+
+def whole(value):
+    """Tensors, also in dicts and lists, gathered from all processes and brought to the CPU; None but in the first process."""
+    from torch.distributed.tensor import DTensor
+    if isinstance(value, dict):
+        value = {key: whole(item) for key, item in value.items()}
+    elif isinstance(value, list):
+        value = [whole(item) for item in value]
+    elif isinstance(value, torch.Tensor):
+        value = value.full_tensor() if isinstance(value, DTensor) else value
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    return (value.detach().cpu().contiguous() if isinstance(value, torch.Tensor) else value) if first else None
+
+
+def load_vae(folder, device="cpu"):
+    """The autoencoder from folder/config.json and folder/diffusion_pytorch_model.safetensors -> VAE in float32."""
+    path = Path(folder) / "config.json"
+    found = read_json(path)
+    fixed = {"_class_name": "AutoencoderKL", "layers_per_block": 2, "act_fn": "silu", "in_channels": 3, "out_channels": 3,
+             "latents_mean": None, "shift_factor": None}
+    for key, value in fixed.items():
+        if found.get(key, value) != value:
+            raise InputError(f"{path}: {key} is {found[key]!r} instead of {value!r}: not the autoencoder of SDXL")
+    try:
+        channels, groups, latent, scale = (found[key] for key in ("block_out_channels", "norm_num_groups", "latent_channels",
+                                                                  "scaling_factor"))
+    except KeyError as error:
+        raise InputError(f"{path}: the key {error} is missing") from None
+    with torch.device("meta"):
+        vae = VAE(tuple(channels), groups, latent, scale)
+    return load_weights(vae, Path(folder) / "diffusion_pytorch_model.safetensors", torch.float32, device).eval()

@@ -1,6 +1,7 @@
 """Edit an image, or make one, with a trained model.
 
     python sample.py --ckpt out/toy/last.pt --image in.png --prompt "make the red circle blue" --pauses 0,8,16,32 --out edit.png
+    python sample.py --init omnigen:OmniGen-v1 --image photo.jpg --prompt "make the boat blue" --out edit.png
 
 Euler steps along the flow, three-branch guidance, one encoding of the condition per image (`Transformer.encode`), and the
 paper's inference-time scaling (Eq. 8, Sec. 6.1): one candidate per number of pause tokens and per seed, of which one is
@@ -18,30 +19,31 @@ from PIL import Image
 from tqdm import tqdm
 
 import magd
-from data import WORLDS, Words, fit, make_condition, make_prompt, open_image, sheet, to_array, to_tensor
+from data import (BPE, WORLDS, Words, fit, make_condition, make_prompt, omnigen_folder, open_image, prepare, sheet, to_array,
+                  to_tensor)
 from metrics import judge
-from model import Config, InputError, Transformer, autocast
+from model import Config, InputError, Transformer, autocast, load_omnigen, load_vae
 
 # ------------------------------------------------------------------------------------------- the sampler
 
 
-def euler(velocity, x, steps):
+def euler(velocity, x, steps, progress=False):
     """Integrate dx/dt = velocity(x, t) from t = 0 to 1 in equal steps; x stays in float32."""
-    for k in range(steps):
+    for k in tqdm(range(steps), unit="step", disable=not progress):
         x = x + velocity(x, k / steps) / steps
     return x
 
 
 @torch.no_grad()
 def generate(model, tokenizer, prompts, images, x0, steps=50, text_scale=2.5, image_scale=1.5, negative=None,
-             low_memory=False, bf16=True):
+             low_memory=False, bf16=True, progress=False):
     """Images for a batch of prompts. images: a list of (C, h, w) per prompt; x0 (B, C, h, w) noise -> (B, C, h, w).
 
     Guidance: v = v_u + image_scale (v_img - v_u) + text_scale (v_full - v_img), where v_full sees prompt and images, v_img the
-    images, v_u the negative prompt (empty if None). Written as a weighted sum of the three, a branch of weight 0 is not run. A prompt
+    images, v_u the negative prompt (None: the empty one of training). Written as a weighted sum of the three, a branch of weight 0 is not run. A prompt
     without images has v_img = v_u, which leaves v_u + text_scale (v_full - v_u).
     """
-    device, negative = x0.device, negative or tokenizer.empty
+    device, negative = x0.device, tokenizer.empty if negative is None else negative
     only_images = [make_prompt(tokenizer, "", len(own)) if own else negative for own in images]
     branches = [(text_scale, prompts, images), (image_scale - text_scale, only_images, images),
                 (1 - image_scale, [negative] * len(prompts), [[] for _ in prompts])]
@@ -65,7 +67,7 @@ def generate(model, tokenizer, prompts, images, x0, steps=50, text_scale=2.5, im
                 v = magd.velocity(model.denoise(rows, time, cache), rows, time, model.cfg.prediction)
                 total = total + sum(weight * part for weight, part in zip(weights, v.chunk(len(weights))))
             return total
-        return euler(velocity, x0.float(), steps)
+        return euler(velocity, x0.float(), steps, progress)
 
 
 def noise(shape, seeds, device):
@@ -136,20 +138,37 @@ def numbers(text):
     return values
 
 
+def width_and_height(text):
+    sides = text.split("x")
+    if len(sides) != 2 or not all(side.isdecimal() and int(side) > 0 and int(side) % 16 == 0 for side in sides):
+        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT in multiples of 16, such as 1024x768")
+    return int(sides[0]), int(sides[1])
+
+
 def parse_flags():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.error = lambda message: sys.exit(f"sample.py: {message}")
-    p.add_argument("--ckpt", required=True, help="a checkpoint of train.py")
+    p.add_argument("--ckpt", help="a checkpoint of train.py")
+    p.add_argument("--init", help="or omnigen:FOLDER, with the files of OmniGen-v1 in FOLDER")
     p.add_argument("--image", action="append", default=[], help="the image to edit; again for more; none: text-to-image")
     p.add_argument("--prompt", required=True)
     p.add_argument("--pauses", type=numbers, default=[0], help="numbers of pause tokens, one candidate each")
     p.add_argument("--seeds", type=numbers, default=[0], help="noise seeds, one candidate each")
     p.add_argument("--threshold", type=float, default=0.9, help="least faithfulness of a candidate to be chosen")
-    p.add_argument("--steps", type=int, default=20, help="Euler steps")
-    p.add_argument("--text-scale", type=float, default=1.0, help="guidance by the prompt; 1 = none")
-    p.add_argument("--image-scale", type=float, default=1.0, help="guidance by the image; 1 = none")
+    p.add_argument("--steps", type=int, help="Euler steps (20; OmniGen 50)")
+    p.add_argument("--text-scale", type=float, help="guidance by the prompt; 1 = none (1; OmniGen 2.5)")
+    p.add_argument("--image-scale", type=float, help="guidance by the image; 1 = none (1; OmniGen 1.5)")
+    p.add_argument("--negative-prompt", help="what guidance leads away from; the empty prompt of training if not given")
+    p.add_argument("--size", type=width_and_height, default=(1024, 1024), help="WIDTHxHEIGHT of OmniGen's image when there is no --image")
+    p.add_argument("--pause-token", default="<|placeholder1|>", help="OmniGen's: a word of its tokenizer.json")
+    p.add_argument("--low-memory", action="store_true", help="run the branches of guidance one by one")
     p.add_argument("--out", default="edit.png")
     flags = p.parse_args()
+    if bool(flags.ckpt) == bool(flags.init):
+        p.error("give either --ckpt, a checkpoint of train.py, or --init omnigen:FOLDER")
+    for name, toy, omnigen in (("steps", 20, 50), ("text_scale", 1.0, 2.5), ("image_scale", 1.0, 1.5)):
+        if getattr(flags, name) is None:
+            setattr(flags, name, omnigen if flags.init else toy)
     if flags.steps < 1:
         p.error(f"--steps {flags.steps}: at least 1 is needed")
     return flags
@@ -161,24 +180,38 @@ def main():
     out = Path(flags.out)
     if out.suffix.lower() not in (".png", ".jpg", ".jpeg") or not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
         raise InputError(f"--out {out}: a .png or .jpg file in a folder that exists and can be written is needed")
-    model, tokenizer, trained = load_checkpoint(flags.ckpt, device)
-    world, size = WORLDS.get(trained["data"]), trained["size"]
-
-    sources = []
-    for path in flags.image:
-        image = open_image(path)
-        if image.size != (size, size):
-            print(f"{path}: resized from {image.width} x {image.height} to the model's {size} x {size} pixels")
-        sources.append(fit(image, size))
-    images = [to_tensor(source) for source in sources]
+    world = vae = None
+    if flags.init:
+        folder = omnigen_folder(flags.init)
+        model = load_omnigen(folder, torch.bfloat16 if device == "cuda" else torch.float32, device).eval()
+        vae = load_vae(folder / "vae", device)
+        tokenizer = BPE(folder, flags.pause_token, model.cfg.max_positions)
+        sources = [prepare(open_image(path)) for path in flags.image]
+        images = [vae.encode(to_tensor(source)[None].to(device))[0][0] for source in sources]       # the mean
+        width, height = sources[0].shape[1::-1] if sources else flags.size
+        shape = (4, height // 8, width // 8)
+    else:
+        model, tokenizer, trained = load_checkpoint(flags.ckpt, device)
+        world, width = WORLDS.get(trained["data"]), trained["size"]
+        sources, height = [], width
+        for path in flags.image:
+            image = open_image(path)
+            if image.size != (width, height):
+                print(f"{path}: resized from {image.width} x {image.height} to the model's {width} x {height} pixels")
+            sources.append(fit(image, width))
+        images = [to_tensor(source) for source in sources]
+        shape = (3, height, width)
 
     rows = [(pauses, seed) for pauses in flags.pauses for seed in flags.seeds]
-    prompts = [make_prompt(tokenizer, flags.prompt, len(images), pauses=pauses) for pauses, _ in rows]
-    start = time.perf_counter()
-    x = generate(model, tokenizer, prompts, [images] * len(rows), noise((3, size, size), [seed for _, seed in rows], device),
-                 flags.steps, flags.text_scale, flags.image_scale)
-    outputs = [to_array(image) for image in x]
-    seconds = (time.perf_counter() - start) / flags.steps
+    tokens = shape[1] * shape[2] // model.cfg.patch**2
+    print(f"{width} x {height} pixels, {tokens} tokens; {len(rows)} candidates of {flags.steps} steps")
+    outputs, start = [], time.perf_counter()
+    for pauses, seed in rows:
+        prompt = make_prompt(tokenizer, flags.prompt, len(images), pauses=pauses)
+        x = generate(model, tokenizer, [prompt], [images], noise(shape, [seed], device), flags.steps, flags.text_scale,
+                     flags.image_scale, flags.negative_prompt, flags.low_memory, progress=True)
+        outputs.append(to_array((vae.decode(x) if vae else x)[0]))
+    seconds = (time.perf_counter() - start) / flags.steps / len(rows)
 
     records = [{"pauses": pauses, "seed": seed} for pauses, seed in rows]
     chosen = 0
@@ -196,12 +229,12 @@ def main():
         return f"{record['pauses']} pauses, seed {record['seed']}{scores}"
     cells = [(source, "source", False) for source in sources[:1]]
     cells += [(output, caption(record), k == chosen) for k, (record, output) in enumerate(zip(records, outputs))]
-    sheet([cells], out.with_name(f"{out.stem}_sheet.png"), scale=max(1, 160 // size), title=flags.prompt)
+    sheet([cells], out.with_name(f"{out.stem}_sheet.png"), scale=max(1, 160 // width), title=flags.prompt)
     Image.fromarray(outputs[chosen]).save(out)
     with open(out.with_name(f"{out.stem}.jsonl"), "w") as file:
         for k, record in enumerate(records):
             file.write(json.dumps({**record, "chosen": k == chosen, "prompt": flags.prompt, "images": flags.image}) + "\n")
-    print(f"{size} x {size} pixels, {len(rows)} candidates, {seconds:.3f} s a step")
+    print(f"{seconds:.3f} s a step")
     print(f"chose {caption(records[chosen])}".replace("\n", ", "))
     print(f"wrote {out}, {out.stem}_sheet.png, {out.stem}.jsonl")
 

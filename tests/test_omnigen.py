@@ -1,13 +1,20 @@
-"""The transformer against what OmniGen-v1's own code computes from a tiny checkpoint of the released format."""
+"""Everything pretrained against what OmniGen-v1's own code and diffusers compute from a tiny checkpoint of the released format."""
+import hashlib
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import read_safetensors
+from helpers import read_safetensors, tiny_model
+from PIL import Image
 
 import magd
-from model import PADDING, Condition, Config, Transformer, attention_rule
+from data import BPE, make_prompt, prepare, to_tensor, tokenize
+from model import (PADDING, VAE, Condition, Config, InputError, Transformer, attention_rule, load_omnigen, load_vae, position_table,
+                   read_config, save_omnigen)
+from sample import generate
 
 FOLDER = Path(__file__).parent / "fixtures/omnigen_tiny"
 REFERENCE = read_safetensors(FOLDER / "omnigen_reference.safetensors")
@@ -74,3 +81,176 @@ def test_loss_and_gradients():
     assert len(expected) == 9
     for name, value in expected.items():
         torch.testing.assert_close(gradients[name], value, atol=1e-5, rtol=0, msg=name)
+
+
+# ------------------------------------------------------------------------------------------- files
+
+def fingerprint(model):
+    """md5 of all names and of all names with shapes: the rule by which this checkpoint is recognised elsewhere."""
+    state = model.state_dict()
+    names = sorted([*state, *(f"{key}:{'_'.join(map(str, value.shape))}" for key, value in state.items())])
+    return len(state), hashlib.md5(",".join(names).encode()).hexdigest()
+
+
+def test_names_and_shapes_of_the_full_size_checkpoints():
+    with torch.device("meta"):
+        assert fingerprint(Transformer(Config())) == (211, "61cbcbc7ac11f169c5949223efa960d1")
+        assert fingerprint(VAE()) == (248, "13115dd45a6e1c39860f91ab073b8a78")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """The tiny checkpoint as a folder like the published one: with pos_embed, which the fixture leaves out."""
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    shutil.copytree(FOLDER, tmp_path / "omnigen")
+    weights = read_safetensors(FOLDER / "model_without_pos_embed.safetensors")
+    save_file({**weights, "pos_embed": position_table(Config(width=48))[None]}, tmp_path / "omnigen/model.safetensors")
+    return tmp_path / "omnigen"
+
+
+def test_loading_and_saving_is_the_identity(folder, tmp_path):
+    model = load_omnigen(folder)
+    for key, value in released_model().state_dict().items():
+        assert model.state_dict()[key].equal(value), key
+    save_omnigen(model, tmp_path / "saved")
+    again = load_omnigen(tmp_path / "saved")
+    assert again.cfg == model.cfg
+    assert all(value.equal(again.state_dict()[key]) for key, value in model.state_dict().items())
+    assert load_omnigen(folder, torch.bfloat16).llm.norm.weight.dtype == torch.bfloat16
+
+
+def test_shards_are_read_too(folder):
+    safetensors = pytest.importorskip("safetensors.torch")
+    weights = safetensors.load_file(folder / "model.safetensors")
+    names = sorted(weights)
+    parts = {"model-00001-of-00002.safetensors": names[:7], "model-00002-of-00002.safetensors": names[7:]}
+    for file, keys in parts.items():
+        safetensors.save_file({key: weights[key] for key in keys}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {k: f for f, keys in parts.items() for k in keys}}))
+    whole = load_omnigen(folder)
+    assert all(value.equal(weights[key]) for key, value in whole.state_dict().items())
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda w: w.pop("llm.norm.weight"), "llm.norm.weight is missing"),
+    (lambda w: w.update(lm_head=torch.zeros(2)), "lm_head is unknown"),
+    (lambda w: w.update({"llm.norm.weight": torch.zeros(47)}), r"llm.norm.weight has the shape \(47,\) instead of \(48,\)")])
+def test_weights_that_do_not_fit_are_named(folder, change, message):
+    safetensors = pytest.importorskip("safetensors.torch")
+    weights = safetensors.load_file(folder / "model.safetensors")
+    change(weights)
+    safetensors.save_file(weights, folder / "model.safetensors")
+    with pytest.raises(InputError, match=message):
+        load_omnigen(folder)
+
+
+def test_truncated_weights(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:100_000])
+    with pytest.raises(InputError, match="model.safetensors: not a whole .safetensors file"):
+        load_omnigen(folder)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"model_type": "llama"}, "model_type is 'llama'"), ({"num_key_value_heads": 1}, "1 key-value heads for 2 heads"),
+    ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling of type 'linear'"), ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+    ({"hidden_size": 96}, r"24 heads|24 .*need|factors")])
+def test_config_of_another_architecture(folder, change, message):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(InputError, match=f"config.json: .*({message})"):
+        read_config(folder)
+
+
+def test_what_the_format_cannot_hold_is_refused(tmp_path):
+    with pytest.raises(InputError, match="cannot hold a model with another .*qk_norm"):
+        save_omnigen(tiny_model(), tmp_path)
+
+
+# ------------------------------------------------------------------------------------------- images, latents, prompts
+
+@pytest.mark.parametrize("name", ["a", "b", "odd", "big"])
+def test_image_preparation(name):
+    image = Image.fromarray(REFERENCE[f"image/{name}/u8"].numpy())
+    pixels = to_tensor(prepare(image, 64 if name == "big" else 1024))
+    torch.testing.assert_close(pixels, REFERENCE[f"image/{name}/pixels"], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 900), (9000, 60)])
+def test_preparation_of_extreme_images(size):
+    h, w, _ = prepare(Image.new("RGB", size), 64).shape
+    assert h % 16 == w % 16 == 0 and min(h, w) >= 16
+
+
+def test_vae(folder):
+    vae = load_vae(folder / "vae")
+    for name in "ab":
+        mean, std = vae.encode(REFERENCE[f"image/{name}/pixels"][None])
+        torch.testing.assert_close(mean / 0.13025, REFERENCE[f"vae/{name}/mean"].view_as(mean), atol=1e-4, rtol=0)
+        logvar = REFERENCE[f"vae/{name}/logvar"].view_as(std)
+        torch.testing.assert_close(std / 0.13025, (0.5 * logvar).exp(), atol=1e-4, rtol=0)
+        decoded = vae.decode(REFERENCE[f"vae/{name}/z"] * 0.13025)
+        torch.testing.assert_close(decoded, REFERENCE[f"vae/{name}/decoded"], atol=1e-4, rtol=0)
+
+
+def size_of(name):
+    return REFERENCE[f"image/{name}/pixels"].shape[1] * REFERENCE[f"image/{name}/pixels"].shape[2] // 256
+
+
+@pytest.mark.parametrize("case", FACTS["prompts"])
+def test_prompts_become_omnigens_ids(case):
+    pytest.importorskip("tokenizers")
+    facts, tokenizer = FACTS["prompts"][case], BPE(FOLDER)
+    ids, kind, order = tokenize(tokenizer, facts["instruction"], [size_of(name) for name in facts["images"]])
+    assert ids == facts["ids"]
+    spans = [[kind.index(k + 1), len(kind) - kind[::-1].index(k + 1)] for k in range(len(order))]
+    assert spans == (facts["spans"] or [])
+
+
+def test_texts_become_omnigens_ids():
+    pytest.importorskip("tokenizers")
+    tokenizer = BPE(FOLDER)
+    for case in FACTS["tokenize"]:
+        assert tokenizer.encode(case["text"]) == case["ids"], case["text"]
+
+
+def test_pause_tokens_stand_before_the_end():
+    pytest.importorskip("tokenizers")
+    tokenizer = BPE(FOLDER)
+    ids, _, _ = tokenize(tokenizer, make_prompt(tokenizer, "Make the boat blue.", 1, pauses=3), [12])
+    pause, end = (tokenizer.tokenizer.token_to_id(token) for token in ("<|placeholder1|>", "<|end|>"))
+    assert ids.count(pause) == 3 and ids[ids.index(end) - 3:ids.index(end)] == [pause] * 3
+    with pytest.raises(InputError, match="'<pause>', the pause token, is not one of its tokens"):
+        BPE(FOLDER, "<pause>")
+
+
+def test_a_prompt_too_long_is_refused():
+    pytest.importorskip("tokenizers")
+    with pytest.raises(InputError, match="tokens; the model takes at most 100"):
+        tokenize(BPE(FOLDER, limit=100), "boat " * 100, [])
+
+
+# ------------------------------------------------------------------------------------------- sampling
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", FACTS["sampling"])
+@pytest.mark.parametrize("low_memory", [True, False])
+def test_sampling(case, low_memory, folder):
+    facts, case = FACTS["sampling"][case], f"sampling/{case}"
+    model, tokenizer = load_omnigen(folder), BPE(folder)
+    for key, value in (facts["config_overrides"] or {}).items():
+        ours = {"original_max_position_embeddings": "original_positions", "max_position_embeddings": "max_positions"}[key]
+        model.cfg = replace(model.cfg, **{ours: value})
+    vae, images = load_vae(folder / "vae"), []
+    for name in facts["images"]:
+        mean, std = vae.encode(REFERENCE[f"image/{name}/pixels"][None])
+        eps = REFERENCE.get(f"{case}/posterior_eps_{name}")
+        latent = mean if eps is None else mean + std * eps.view_as(std)
+        torch.testing.assert_close(latent, REFERENCE[f"{case}/ref_latents_{name}"].view_as(latent), atol=1e-4, rtol=0)
+        images.append(latent[0])
+    x = generate(model, tokenizer, [facts["prompt"]], [images], REFERENCE[f"{case}/noise"].view(1, 4, *[s // 8 for s in facts["target_px"]]),
+                 facts["steps"], facts["guidance_scale"], facts["img_guidance_scale"] or 1.0, facts["negative_prompt"], low_memory)
+    torch.testing.assert_close(x, REFERENCE[f"{case}/latents"].view_as(x), atol=5e-4, rtol=0)
+    if f"{case}/decoded" in REFERENCE:
+        pixels = vae.decode(x)
+        torch.testing.assert_close(pixels, REFERENCE[f"{case}/decoded"].view_as(pixels), atol=5e-4, rtol=0)
