@@ -564,8 +564,12 @@ def permutation(n, seed):
 # size), and for each process that wrote it a file of float16 numbers, memory-mapped, and an index of one JSON line an image.
 
 def cache_header(vae_folder, size):
-    with open(Path(vae_folder) / "diffusion_pytorch_model.safetensors", "rb") as file:
-        return {"size": size, "vae": hashlib.file_digest(file, "sha256").hexdigest()}
+    path = Path(vae_folder) / "diffusion_pytorch_model.safetensors"
+    try:
+        with open(path, "rb") as file:
+            return {"size": size, "vae": hashlib.file_digest(file, "sha256").hexdigest()}
+    except OSError as error:
+        raise InputError(f"{path}: the autoencoder of OmniGen-v1 cannot be read ({error.strerror}). The README says where to get it.") from None
 
 
 def needed(row):
@@ -923,8 +927,8 @@ def latents(flags):
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
     if flags.size % 64 or flags.size < 64:
         raise InputError(f"--size {flags.size}: a multiple of 64 is needed")
-    vae = load_vae(omnigen_folder(flags.init) / "vae", device)
-    header, root = cache_header(omnigen_folder(flags.init) / "vae", flags.size), Path(flags.data).parent
+    source = omnigen_folder(flags.init) / "vae"
+    vae, header, root = load_vae(source, device), cache_header(source, flags.size), Path(flags.data).parent
     folder = Path(flags.out or Path(flags.data).with_suffix(".latents"))
     data, index = folder / f"{rank}.f16", folder / f"{rank}.jsonl"
     try:

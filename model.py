@@ -24,6 +24,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 PADDING, TEXT = -1, 0                     # values of Condition.kind; k > 0 is the k-th reference image of the row
@@ -326,12 +327,14 @@ class Transformer(nn.Module):
         ids, kind, images = condition
         device, P = ids.device, self.cfg.patch
         x = self.llm.embed_tokens(ids)                                                    # (B, L, D)
-        if images:
-            patches = torch.cat([patchify(image, P) for image in images])                 # (all image tokens, C*P*P)
-            where = torch.cat([self.positions(image.shape[-2] // P, image.shape[-1] // P) for image in images])
-            embedded = self.input_x_embedder(patches) + where                             # (all image tokens, D)
-            slots = (kind > TEXT).flatten().nonzero()[:, 0].to(device)
-            x = x.flatten(0, 1).index_copy(0, slots, embedded.to(x.dtype)).view_as(x)     # (B, L, D)
+        # also without any image, so that all processes of a sharded model have gradients of the same parameters
+        none = x.new_zeros(0, self.input_x_embedder.proj.weight[0].numel())
+        patches = torch.cat([none, *(patchify(image, P) for image in images)])            # (all image tokens, C*P*P)
+        embedded = self.input_x_embedder(patches)                                         # (all image tokens, D)
+        where = [self.positions(image.shape[-2] // P, image.shape[-1] // P) for image in images]
+        embedded = embedded + torch.cat([embedded[:0], *where])
+        slots = (kind > TEXT).flatten().nonzero()[:, 0].to(device)
+        x = x.flatten(0, 1).index_copy(0, slots, embedded.to(x.dtype)).view_as(x)         # (B, L, D)
 
         real = kind != PADDING                                                            # (B, L)
         length = real.sum(dim=1)                                                          # (B,)
@@ -378,20 +381,26 @@ class Transformer(nn.Module):
 
 
 def flops(cfg, kind, N):
-    """Floating-point operations of one forward of a row: kind (L,) and N target tokens. A training step costs three."""
-    kind = kind[kind != PADDING]
-    L, D = len(kind), cfg.width
+    """Floating-point operations of one forward: the kinds of one row, (L,), and N target tokens. A training step costs three."""
+    looks = L = 0                                                                         # pairs of the condition, its tokens
+    for value, run in groupby(kind[kind != PADDING].tolist()):
+        n = len(list(run))
+        looks += n * (L + n) if value > TEXT else n * L + n * (n + 1) // 2
+        L += n
+    D = cfg.width
     qkv, rest = 6 * D * D, 2 * D * D + 6 * D * cfg.mlp                                    # of one token in one layer
-    looks = attention_rule(kind[None]).sum().item()                                       # pairs of the condition
     condition = L * (cfg.layers * qkv + (cfg.layers - 1) * rest) + (cfg.layers - 1) * 4 * D * looks
     target = cfg.layers * ((1 + N) * (qkv + rest) + 4 * D * (L + 1 + N * (L + 1 + N)))
     return condition + target + 4 * N * D * cfg.channels * cfg.patch**2
 
 
+def fast_bf16(device):
+    """Is the device fast at bf16 matrix products? CUDA, and CPUs with matrix units for it."""
+    return torch.device(device).type == "cuda" or getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+
+
 def autocast(device, enabled=True):
-    """bf16 matrix products where the device is fast at them: CUDA, and CPUs with matrix units for it."""
-    cpu_has_it = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
-    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled and (torch.device(device).type == "cuda" or cpu_has_it))
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled and fast_bf16(device))
 
 
 # ------------------------------------------------------------------------------------------------- autoencoder
@@ -556,7 +565,6 @@ def load_weights(model, path, dtype, device):
 
     Strict: a tensor that is missing, unknown or of another shape is named. A sharded model (FSDP2) keeps only its own rows.
     """
-    from torch.distributed.tensor import DTensor, distribute_tensor
     safetensors = optional("safetensors")
     index = path.with_name(f"{path.name}.index.json")
     names = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else [path.name]
@@ -580,10 +588,7 @@ def load_weights(model, path, dtype, device):
     for file in dict.fromkeys(file for file, _ in where.values()):
         with safetensors.safe_open(file, "pt") as tensors:
             for key in tensors.keys():
-                value, like = tensors.get_tensor(key).to(device, dtype, copy=True), expected[key]
-                if isinstance(like, DTensor):
-                    value = distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
-                weights[key] = value
+                weights[key] = own_part(tensors.get_tensor(key).to(device, dtype, copy=True), expected[key])
     model.load_state_dict(weights, assign=True)
     return model
 
@@ -643,7 +648,7 @@ def save_omnigen(model, folder):
         changed = [key for key, value in vars(cfg).items() if value != getattr(theirs, key)]
         raise InputError(f"OmniGen's format cannot hold a model with another {', '.join(changed)}")
     weights = whole(model.state_dict())
-    if weights is None:
+    if not is_first():
         return
     rope = cfg.long_factor and {"type": "su", "short_factor": cfg.short_factor, "long_factor": cfg.long_factor}
     config = {"architectures": ["Phi3ForCausalLM"], **CONFIG_FIXED, **{key: getattr(cfg, ours) for key, ours in CONFIG_KEYS.items()},
@@ -656,17 +661,30 @@ def save_omnigen(model, folder):
     (folder / "config.json").write_text(json.dumps(config, indent=1))
 
 
+def own_part(value, like):
+    """Of a whole tensor what this process keeps, if it is sharded like `like`; otherwise all of it."""
+    if isinstance(like, DTensor):
+        return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+    return value
+
+
 def whole(value):
-    """Tensors, also in dicts and lists, gathered from all processes and brought to the CPU; None but in the first process."""
-    from torch.distributed.tensor import DTensor
+    """The inverse, for tensors in dicts and lists: gathered on the CPU of the first process; elsewhere nothing of use.
+
+    All processes have to call it together.
+    """
     if isinstance(value, dict):
-        value = {key: whole(item) for key, item in value.items()}
-    elif isinstance(value, list):
-        value = [whole(item) for item in value]
-    elif isinstance(value, torch.Tensor):
-        value = value.full_tensor() if isinstance(value, DTensor) else value
-    first = not dist.is_initialized() or dist.get_rank() == 0
-    return (value.detach().cpu().contiguous() if isinstance(value, torch.Tensor) else value) if first else None
+        return {key: whole(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [whole(item) for item in value]
+    if not isinstance(value, torch.Tensor):
+        return value
+    value = value.full_tensor() if isinstance(value, DTensor) else value
+    return value.detach().cpu() if is_first() else None
+
+
+def is_first():
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def load_vae(folder, device="cpu"):

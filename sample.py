@@ -108,7 +108,7 @@ def load_checkpoint(path, device="cpu"):
     state = read_checkpoint(path)
     model = Transformer(Config(**state["config"])).init_weights()
     try:
-        model.load_state_dict(state["ema"], strict=True)
+        model.load_state_dict({**state["model"], **state["ema"]}, strict=True)
     except RuntimeError as error:
         raise InputError(f"{path}: the weights do not fit the model it describes: {str(error).splitlines()[1].strip()}") from None
     return model.to(device).eval(), Words(state["words"]), state["flags"]
@@ -118,7 +118,7 @@ def read_checkpoint(path):
     if not Path(path).is_file():
         raise InputError(f"{path}: there is no such checkpoint. `python train.py` makes one.")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:            # torch.load raises half a dozen types for a file that is not a checkpoint
         raise InputError(f"{path}: not a checkpoint that can be read ({str(error).splitlines()[0]})") from None
     if not isinstance(state, dict) or not {"config", "model", "ema", "words", "flags", "step"} <= set(state):

@@ -4,38 +4,51 @@
     python train.py --preset shapes64                        a larger toy, for a GPU
     python train.py --data pairs.jsonl --size 32             your own image pairs, in pixels
     torchrun --nproc-per-node 4 train.py ...                 the same on several GPUs
+    torchrun --nproc-per-node 8 train.py --preset omnigen --init omnigen:OmniGen-v1 --data pairs.jsonl
+                                                             fine-tune OmniGen-v1, the paper's run
 
 Everything random is a function of (seed, index of the sample), so a resumed run goes on exactly as it would have, and the
 number of processes does not change the result. The loop at the end of `main` is in time order.
 """
 import argparse
-import copy
+import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import magd
-from data import WORLDS, Pairs, Shapes, Words, make_batch, make_prompt, sheet, to_array, to_tensor, wrap
+from data import (BPE, WORLDS, Latents, Pairs, Shapes, Words, cache_header, make_batch, make_prompt, micro_batches, omnigen_folder,
+                  sheet, to_array, to_tensor, wrap)
 from metrics import means
-from model import Config, InputError, Transformer, autocast, flops
+from model import (Config, InputError, Transformer, autocast, fast_bf16, flops, is_first, load_omnigen, load_vae, own_part,
+                   save_omnigen, whole)
 from sample import evaluate, generate, noise, read_checkpoint
 
 PRESETS = {                               # the flags that have no default of their own are set in each
     "toy": dict(data="shapes", size=16, patch=4, width=256, layers=3, heads=4, mlp=512, batch=64, steps=1400, lr=6e-3, muon_lr=0.03),
     "shapes64": dict(data="shapes64", size=64, patch=4, width=384, layers=8, heads=6, mlp=1024, batch=256, steps=10000, lr=1e-3,
                      muon_lr=0.01, p_plan=0.5, p_masked_source=0.5, ema=0.999, warmup=200, workers=8),
+    "omnigen": dict(size=1024, patch=2, batch=128, micro_batch=1, steps=3200, lr=1e-4, muon_lr=0.0, warmup=800, ema=0.0, edit_weight=True,
+                    p_plan=0.5, p_masked_source=0.5, checkpointing=True, eval_steps=50, text_scale=2.5, image_scale=1.5, workers=8,
+                    log_every=1),
 }
+PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100": 989, "A100": 312, "L40": 181, "RTX 4090": 165, "A10": 125}   # dense bf16
 
 
 def parse_flags():
@@ -55,16 +68,19 @@ def parse_flags():
     switch = argparse.BooleanOptionalAction
     p.add_argument("--preset", choices=PRESETS, default="toy", help="starting values; any flag overrides them")
     p.add_argument("--data", help="shapes, shapes64, or a JSONL file of image pairs")
+    p.add_argument("--init", help="omnigen:FOLDER, fine-tune the OmniGen-v1 there, on latents")
+    p.add_argument("--latents", help="folder of `data.py latents`; DATA.latents if not given")
     p.add_argument("--out", help="folder of the run; out/PRESET if not given")
     p.add_argument("--resume", action="store_true", help="go on from last.pt in that folder")
     p.add_argument("--seed", type=none_or_more, default=0)
     # model
-    p.add_argument("--size", type=count, help="pixels of a side; a toy world brings its own")
+    p.add_argument("--size", type=count, help="pixels of a side, the longer one with --init; a toy world brings its own")
     p.add_argument("--patch", type=count)
     p.add_argument("--width", type=count)
     p.add_argument("--layers", type=count)
     p.add_argument("--heads", type=count)
     p.add_argument("--mlp", type=count, help="hidden width of the feed-forward")
+    p.add_argument("--checkpointing", action=switch, default=False, help="recompute blocks in the backward: less memory, a third more work")
     p.add_argument("--prediction", choices=magd.PREDICTIONS, default="velocity", help="what the network's output means")
     # the paper
     p.add_argument("--p-magd", type=share, default=0.5, help="chance that a sample of high noise is masked; 0 = plain training")
@@ -75,9 +91,12 @@ def parse_flags():
     p.add_argument("--p-drop", type=share, default=0.1, help="chance that a prompt is emptied")
     p.add_argument("--p-plan", type=share, default=0.0, help="chance that a prompt carries its expressive plan")
     p.add_argument("--p-masked-source", type=share, default=0.0, help="chance of the masked source as one more image")
+    p.add_argument("--p-edit", type=share, default=0.5, help="share of edits with --init; the rest is text-to-image")
+    p.add_argument("--pause-token", default="<|placeholder1|>", help="with --init: a word of its tokenizer.json")
     # optimisation
     p.add_argument("--steps", type=count)
     p.add_argument("--batch", type=count, help="samples a step, over all processes")
+    p.add_argument("--micro-batch", type=count, help="samples a process runs at once; its share of the batch if not given")
     p.add_argument("--lr", type=positive, help="of AdamW")
     p.add_argument("--muon-lr", type=zero_or_more, help="of Muon on the matrices of the blocks; 0 = AdamW for all")
     p.add_argument("--weight-decay", type=zero_or_more, default=0.0)
@@ -100,6 +119,14 @@ def parse_flags():
     p.set_defaults(**PRESETS.get(preset.parse_known_args()[0].preset, {}))
     flags = p.parse_args()
     flags.out = flags.out or f"out/{flags.preset}"
+    if flags.init or flags.preset == "omnigen":
+        own = [f"--{name}" for name in ("width", "layers", "heads", "mlp") if getattr(flags, name)]
+        if not flags.init or not flags.data or flags.data in WORLDS or own or flags.preset != "omnigen" or flags.muon_lr:
+            p.error("to fine-tune OmniGen-v1: --preset omnigen --init omnigen:FOLDER --data FILE.jsonl; its sizes come from the "
+                    "weights" + f", not from {', '.join(own)}" * bool(own) + ", and it is trained by AdamW alone")
+        if flags.prediction != "velocity":
+            p.error("OmniGen-v1 predicts the velocity; --prediction is for models trained from scratch")
+        return flags
     if flags.data in WORLDS:
         flags.size = WORLDS[flags.data].size
     if flags.size % flags.patch:
@@ -145,18 +172,41 @@ class Muon(torch.optim.Optimizer):
                 p.add_(x.to(p.dtype), alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
 
 
-class Steps(torch.utils.data.Dataset):
-    """Item k is this rank's share of the batch of step k, with all random numbers of its loss."""
+class MicroBatches(torch.utils.data.Dataset):
+    """Item (indices of samples) -> their batch, all random numbers of its loss, and the FLOPs of a training step on it."""
 
-    def __init__(self, flags, dataset, tokenizer, rank, world):
-        self.flags, self.dataset, self.tokenizer, self.rank, self.world = flags, dataset, tokenizer, rank, world
+    def __init__(self, flags, dataset, tokenizer, cfg):
+        self.flags, self.dataset, self.tokenizer, self.cfg = flags, dataset, tokenizer, cfg
 
-    def __getitem__(self, step):
+    def __getitem__(self, indices):
         f = self.flags
-        indices = range(step * f.batch + self.rank, (step + 1) * f.batch, self.world)
-        batch = make_batch(self.dataset, indices, self.tokenizer, f.patch, f.seed, f.p_drop, f.p_plan, f.p_masked_source)
+        batch = make_batch(self.dataset, indices, self.tokenizer, self.cfg.patch, f.seed, f.p_drop, f.p_plan, f.p_masked_source)
         shape = tuple(batch.x1.shape[1:])
-        return batch, magd.draw(shape, shape[1] * shape[2] // f.patch**2, batch.seeds)
+        tokens = shape[1] * shape[2] // self.cfg.patch**2
+        work = 3 * sum(flops(self.cfg, kind, tokens) for kind in batch.condition.kind)    # the backward costs two forwards
+        return batch, magd.draw(shape, tokens, batch.seeds), work
+
+
+def shard(model, device, bf16):
+    """FSDP2: each process keeps its part of every matrix in float32 and sees a block whole, in bf16, only while it runs."""
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # about views changed in place: nothing here is
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for block in model.llm.layers if isinstance(model, Transformer) else ():
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    for method in ("encode", "denoise") if isinstance(model, Transformer) else ():        # sampling calls these
+        register_fsdp_forward_method(model, method)
+
+
+def memory(cfg, parameters, L, N, flags, micro, world):
+    """About how many bytes a GPU needs: the states of the optimizer, a few gathered blocks, activations."""
+    states = (16 + 4 * (flags.ema > 0)) * parameters / world           # float32 weights, gradients, two moments of AdamW, mean
+    gathered = 3 * 2 * parameters / cfg.layers                         # bf16 weights of the running block, the next, its gradient
+    inside = 2 * (10 * cfg.width + 4 * cfg.mlp)                        # what the backward of a block needs of a token
+    between = 2 * cfg.width * (3 * L + N)                              # inputs of a block, keys and values of the condition
+    kept = cfg.layers * between + inside * max(L, N) if flags.checkpointing else cfg.layers * inside * (L + N)
+    return states + gathered + micro * kept
 
 
 def save(path, state):
@@ -169,7 +219,7 @@ def save(path, state):
 
 
 MAY_CHANGE = {"out", "resume", "preset", "eval_examples", "eval_steps", "text_scale", "image_scale", "workers", "log_every",
-              "save_every", "sample_every"}
+              "save_every", "sample_every", "checkpointing", "init", "latents"}
 
 
 def check_resume(state, flags, cfg, path):
@@ -182,27 +232,37 @@ def check_resume(state, flags, cfg, path):
         raise InputError(f"{path}: it holds another model, {state['config']}; this command makes {asdict(cfg)}")
 
 
-def preview(model, tokenizer, dataset, flags, device, path, n=8):
-    """A sheet of n edits from fixed noise: held-out ones of the toy world, else the first rows of the file.
+def preview(model, tokenizer, dataset, flags, device, path, vae=None, n=8):
+    """A sheet of n edits from fixed noise: held-out ones of the toy world, else the first of the training data.
 
     -> mean absolute difference to the target, of the outputs and of the sources, in [0, 1]
     """
-    held_out = Shapes(flags.data, "iid", flags.seed) if flags.data in WORLDS else dataset
-    samples = [held_out.sample(index) for index in range(n)]
-    prompts = [make_prompt(tokenizer, sample.instruction, len(sample.images)) for sample in samples]
-    images = [[to_tensor(image) for image in sample.images] for sample in samples]
-    x = generate(model, tokenizer, prompts, images, noise((3, flags.size, flags.size), range(n), device), flags.eval_steps,
-                 flags.text_scale, flags.image_scale, bf16=flags.bf16)
-    outputs = [to_array(image) for image in x]
-    sources = [sample.images[0] if sample.images else np.full_like(sample.target, 255) for sample in samples]
-    scale = max(1, 128 // flags.size)
-    cells = [[(image, caption, False) for image, caption in zip(images, captions)] for images, captions in
-             ((sources, [wrap(sample.instruction, 24) for sample in samples]), (outputs, ["output"] * n),
-              ([sample.target for sample in samples], ["target"] * n))]
-    sheet(cells, path, scale)
-    l1 = [float(np.mean([np.abs(a.astype(float) - sample.target).mean() for a, sample in zip(images, samples)])) / 255
-          for images in (outputs, sources)]
-    return l1
+    dataset = Shapes(flags.data, "iid", flags.seed) if flags.data in WORLDS else dataset
+    pixels = (lambda x: to_array(vae.decode(x[None].to(device))[0])) if vae else to_array
+    cells, differences = [[], [], []], []
+    for index in range(n):
+        sample = dataset.sample(index)
+        images, target = [to_tensor(image).to(device) for image in sample.images], to_tensor(sample.target)
+        x = generate(model, tokenizer, [make_prompt(tokenizer, sample.instruction, len(images))], [images],
+                     noise(target.shape, [index], device), flags.eval_steps, flags.text_scale, flags.image_scale, bf16=flags.bf16)
+        output, target = pixels(x[0]), pixels(target)
+        source = pixels(images[0]) if images else np.full_like(target, 255)
+        for row, image, caption in zip(cells, (source, output, target), (wrap(sample.instruction, 24), "output", "target")):
+            row.append((image, caption, False))
+        if source.shape == target.shape:
+            differences.append([np.abs(image.astype(float) - target).mean() / 255 for image in (output, source)])
+    if is_first():
+        sheet(cells, path, max(1, 128 // flags.size))
+    return np.mean(differences or [[math.nan] * 2], axis=0).tolist()
+
+
+@torch.no_grad()
+def swap(a, b):
+    """Exchange the values of two lists of tensors: the model takes its averaged weights, or gives them back."""
+    for x, y in zip(a, b):
+        old = x.clone()
+        x.copy_(y)
+        y.copy_(old)
 
 
 def main():
@@ -214,10 +274,15 @@ def main():
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    backend, bf16 = "nccl" if device.type == "cuda" else "gloo", flags.bf16 and fast_bf16(device)
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if flags.batch % world:
-        raise InputError(f"--batch {flags.batch} cannot be shared by {world} processes; use a multiple")
+        dist.init_process_group(backend)
+    elif flags.init:                                       # sharding over one process is how OmniGen trains on one GPU
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    micro = flags.micro_batch or max(1, flags.batch // world)
+    accumulate = flags.batch // (world * micro)
+    if flags.batch != accumulate * world * micro:
+        raise InputError(f"--batch {flags.batch} is not a multiple of {world} processes x {micro} samples at once (--micro-batch)")
     main_process = rank == 0
     say = print if main_process else lambda *_: None
 
@@ -234,48 +299,78 @@ def main():
         raise InputError(f"{out} already holds a run. Go on with --resume, or choose another folder with --out.")
     state = read_checkpoint(last) if flags.resume else None
 
-    # ------------------------------------------------------------------ data, model, optimizers
-    dataset = Shapes(flags.data, "train", flags.seed) if flags.data in WORLDS else Pairs(flags.data, flags.size, flags.seed)
-    tokenizer = Words(dataset.words)
+    # ------------------------------------------------------------------ data, model
     torch.manual_seed(flags.seed)
-    cfg = Config(vocab=len(tokenizer), width=flags.width, layers=flags.layers, heads=flags.heads, mlp=flags.mlp, channels=3,
-                 patch=flags.patch, grid=flags.size // flags.patch, grid_step=64 / (flags.size // flags.patch),
-                 time_scale=1000.0, qk_norm=True, prediction=flags.prediction)
-    raw_model = Transformer(cfg).init_weights().to(device)
+    vae = None
+    if flags.init:
+        folder = omnigen_folder(flags.init)
+        header = cache_header(folder / "vae", flags.size)
+        dataset = Latents(flags.data, flags.latents or Path(flags.data).with_suffix(".latents"), header, flags.seed, flags.p_edit)
+        raw_model = load_omnigen(folder, device=device, shard=lambda model: shard(model, device, bf16))
+        cfg, vae = raw_model.cfg, load_vae(folder / "vae", device)
+        tokenizer = BPE(folder, flags.pause_token, cfg.max_positions)
+    else:
+        dataset = Shapes(flags.data, "train", flags.seed) if flags.data in WORLDS else Pairs(flags.data, flags.size, flags.seed)
+        tokenizer = Words(dataset.words)
+        cfg = Config(vocab=len(tokenizer), width=flags.width, layers=flags.layers, heads=flags.heads, mlp=flags.mlp, channels=3,
+                     patch=flags.patch, grid=flags.size // flags.patch, grid_step=64 / (flags.size // flags.patch),
+                     time_scale=1000.0, qk_norm=True, prediction=flags.prediction)
+        raw_model = Transformer(cfg).init_weights().to(device)
+    raw_model.checkpointing = flags.checkpointing
     learned = flags.mask_token == "learned" and flags.p_magd > 0
     raw_mask_tokens = magd.MaskTokens(cfg.width).to(device) if learned else None
-    averaged = copy.deepcopy(raw_model).eval().requires_grad_(False)          # the weights that are used in the end
-    parameters = [*raw_model.parameters(), *(raw_mask_tokens.parameters() if learned else ())]
+    model, mask_tokens = raw_model, raw_mask_tokens
+    if flags.init and learned:
+        shard(mask_tokens, device, bf16)
+    elif world > 1 and not flags.init:
+        model = DistributedDataParallel(raw_model, broadcast_buffers=False)
+        mask_tokens = DistributedDataParallel(raw_mask_tokens) if learned else None
+
+    # ------------------------------------------------------------------ optimizers, averaged weights
+    weights = list(raw_model.parameters())
+    parameters = weights + (list(raw_mask_tokens.parameters()) if learned else [])
+    average = [p.detach().clone() for p in weights] if flags.ema else None    # the weights that are used in the end
     matrices = {id(p): p for p in raw_model.llm.layers.parameters() if p.ndim == 2} if flags.muon_lr else {}
     optimizers = [torch.optim.AdamW([p for p in parameters if id(p) not in matrices], flags.lr, betas=(0.9, 0.95),
                                     weight_decay=flags.weight_decay, fused=True)]
     if matrices:
-        optimizers.append(Muon(matrices.values(), flags.muon_lr, flags.weight_decay, dtype=torch.bfloat16 if flags.bf16 else torch.float32))
+        optimizers.append(Muon(matrices.values(), flags.muon_lr, flags.weight_decay, dtype=torch.bfloat16 if bf16 else torch.float32))
     rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+
+    # ------------------------------------------------------------------ resume
     first, seconds = 0, 0.0
     if state:
         check_resume(state, flags, cfg, last)
-        raw_model.load_state_dict(state["model"])
-        averaged.load_state_dict(state["ema"])
+        raw_model.load_state_dict({key: own_part(state["model"][key], value) for key, value in raw_model.state_dict().items()})
         if learned:
-            raw_mask_tokens.load_state_dict(state["mask_tokens"])
+            raw_mask_tokens.load_state_dict({key: own_part(state["mask_tokens"][key], value)
+                                             for key, value in raw_mask_tokens.state_dict().items()})
+        if average:
+            average = [own_part(state["ema"][name], p).to(device) for name, p in raw_model.named_parameters()]
         for optimizer, saved in zip(optimizers, state["optimizers"]):
+            for p, moments in zip((p for group in optimizer.param_groups for p in group["params"]), saved["state"].values()):
+                moments.update({key: own_part(value, p) for key, value in moments.items() if value.shape == p.shape})
             optimizer.load_state_dict(saved)
         first, seconds = state["step"], state["seconds"]
-    model, mask_tokens = raw_model, raw_mask_tokens
-    if world > 1:
-        model = DistributedDataParallel(raw_model, broadcast_buffers=False)
-        mask_tokens = DistributedDataParallel(raw_mask_tokens) if learned else None
+        del state
 
     # ------------------------------------------------------------------ what is about to happen
-    steps = Steps(flags, dataset, tokenizer, rank, world)
-    kinds = steps[0][0].condition.kind
-    tokens = (flags.size // flags.patch) ** 2
-    work = 3 * sum(flops(cfg, kind, tokens) for kind in kinds) / len(kinds)   # the backward costs two forwards
-    say(f"{flags.data} at {flags.size} x {flags.size}: {tokens} target tokens, up to {kinds.shape[1]} of the condition; "
-        f"{len(tokenizer)} words")
-    say(f"{sum(p.numel() for p in raw_model.parameters()) / 1e6:.2f}M parameters, {work / 1e9:.2f} GFLOP a sample; "
-        f"{flags.steps} steps of {flags.batch} samples on {world} x {device.type}")
+    steps, order = MicroBatches(flags, dataset, tokenizer, cfg), micro_batches(dataset, micro)
+    examples = [steps[indices] for indices in itertools.islice(order, min(16, accumulate * world))]
+    L = max(batch.condition.kind.shape[1] for batch, _, _ in examples)
+    N = max(draws.hide.shape[1] for _, draws, _ in examples)
+    count = sum(p.numel() for p in weights)
+    work = sum(work for _, _, work in examples) / len(examples) / micro
+    say(f"{flags.data} at {flags.size} pixels: up to {N} target tokens and {L} of the condition; a vocabulary of {len(tokenizer)}")
+    say(f"{count / 1e6:.2f}M parameters, {work / 1e9:.2f} GFLOP a sample")
+    say(f"{flags.steps} steps of {flags.batch} samples = {world} x {device.type} x {micro} at once x {accumulate} in turn")
+    if flags.init:
+        need = memory(cfg, count, L, N, flags, micro, world)
+        has = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+        say(f"memory: about {need / 1e9:.1f} GB on each of {world} x {device.type}" + (f", which has {has / 1e9:.1f} GB" if has else ""))
+        if has and need > has:
+            raise InputError(f"this plan needs about {need / 1e9:.0f} GB on each GPU, which has {has / 1e9:.0f} GB: use more GPUs, a "
+                             f"smaller --micro-batch or --size, or --checkpointing")
     if first:
         say(f"resuming at step {first}")
 
@@ -286,36 +381,41 @@ def main():
         (out / "log.jsonl").write_text("".join(log))
     stop = []
     signal.signal(signal.SIGINT, lambda *_: stop.append(True))
-    stats = torch.zeros(12, device=device)
-    batches = torch.utils.data.DataLoader(steps, batch_size=None, sampler=range(first, flags.steps), num_workers=flags.workers)
-    bar = tqdm(batches, initial=first, total=flags.steps, disable=not main_process, unit="step")
+    stats = torch.zeros(13, device=device)
+    peak = next((value for name, value in PEAK_TFLOPS.items() if device.type == "cuda" and name in torch.cuda.get_device_name()), None)
+    # this process takes every world-th micro-batch of the order, from the first one that is not done yet
+    share = itertools.islice(micro_batches(dataset, micro), first * accumulate * world + rank, flags.steps * accumulate * world, world)
+    batches = iter(torch.utils.data.DataLoader(steps, batch_size=None, sampler=share, num_workers=flags.workers))
+    bar = tqdm(range(first, flags.steps), initial=first, total=flags.steps, disable=not main_process, unit="step")
     start = tick = time.perf_counter()
-    for step, (batch, draws) in enumerate(bar, first):
-        share = learning_rate(step, flags)
-        for group, rate in zip((group for optimizer in optimizers for group in optimizer.param_groups), rates):
-            group["lr"] = rate * share
-        x1, condition, draws = batch.x1.to(device), batch.condition.to(device), magd.Draws(*(d.to(device) for d in draws))
-        weight = magd.edit_weight(x1, batch.source.to(device), batch.edit.to(device)) if flags.edit_weight else None
-
-        with autocast(device, flags.bf16):
-            losses, masked = magd.magd_loss(model, x1, condition, draws, flags.p_magd, flags.tau, flags.r_mask, mask_tokens,
-                                            weight, flags.prediction)
-        losses.mean().backward()
+    for step in bar:
+        rate = learning_rate(step, flags)
+        for group, full in zip((group for optimizer in optimizers for group in optimizer.param_groups), rates):
+            group["lr"] = full * rate
+        for batch, draws, work in itertools.islice(batches, accumulate):
+            x1, condition, draws = batch.x1.to(device), batch.condition.to(device), magd.Draws(*(d.to(device) for d in draws))
+            weight = magd.edit_weight(x1, batch.source.to(device), batch.edit.to(device)) if flags.edit_weight else None
+            with autocast(device, flags.bf16):
+                losses, masked = magd.magd_loss(model, x1, condition, draws, flags.p_magd, flags.tau, flags.r_mask, mask_tokens,
+                                                weight, flags.prediction)
+            (losses.mean() / accumulate).backward()
+            with torch.no_grad():
+                bins = (4 * draws.t).long().clamp(max=3)                                  # (B,)
+                stats[:4].index_add_(0, bins, losses.float())
+                stats[4:8].index_add_(0, bins, torch.ones_like(losses, dtype=torch.float32))
+                if masked is not None:
+                    stats[8] += masked.any(dim=1).sum()
+                    stats[9] += masked.float().mean() * len(masked)
+                stats[12] += work / 1e12
         norm = torch.nn.utils.clip_grad_norm_(parameters, flags.clip)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        decay = min(flags.ema, (step + 1) / (step + 10))
         with torch.no_grad():
-            for mean, value in zip(averaged.parameters(), raw_model.parameters()):
+            decay = min(flags.ema, (step + 1) / (step + 10))
+            for mean, value in zip(average or (), weights):
                 mean.lerp_(value, 1 - decay)
-
-            bins = (4 * draws.t).long().clamp(max=3)                                      # (B,)
-            stats[:4].index_add_(0, bins, losses.float())
-            stats[4:8].index_add_(0, bins, torch.ones_like(losses, dtype=torch.float32))
-            if masked is not None:
-                stats[8] += masked.any(dim=1).sum()
-                stats[9] += masked.float().mean() * len(masked)
             stats[10] += norm
             stats[11] += bool(stop)
 
@@ -335,20 +435,29 @@ def main():
         now = time.perf_counter()
         line = {"step": done, "loss": loss, "loss_by_t": [a / b if b else None for a, b in zip(values[:4], values[4:8])],
                 "masked_samples": values[8] / count, "masked_tokens": values[9] / count,
-                "grad_norm": values[10] / (count / flags.batch * world), "lr": flags.lr * share, "images_per_s": count / (now - tick),
-                "tflops": work * count / (now - tick) / 1e12}
+                "grad_norm": values[10] / (count / flags.batch * world), "lr": flags.lr * rate, "images_per_s": count / (now - tick),
+                "tflops": values[12] / (now - tick)}
+        if peak:
+            line["mfu"] = line["tflops"] / (peak * world)              # without what checkpointing computes twice
         tick = now
         if main_process:
             bar.set_postfix_str(f"loss {loss:.4f}, {line['images_per_s']:.0f} images/s")
             with open(out / "log.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
-            if due or values[11]:
-                save(last, {"step": done, "seconds": seconds + now - start, "config": asdict(cfg), "flags": vars(flags),
-                            "words": tokenizer.words, "model": raw_model.state_dict(), "ema": averaged.state_dict(),
-                            "mask_tokens": raw_mask_tokens.state_dict() if learned else None,
-                            "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
-            if done % flags.sample_every == 0:
-                preview(averaged, tokenizer, dataset, flags, device, out / "samples" / f"step_{done:06d}.png")
+        if due or values[11]:
+            names = [name for name, _ in raw_model.named_parameters()]
+            state = whole({"step": done, "seconds": seconds + now - start, "config": asdict(cfg), "flags": vars(flags),
+                           "words": None if flags.init else tokenizer.words, "model": raw_model.state_dict(),
+                           "ema": dict(zip(names, average)) if average else {},
+                           "mask_tokens": raw_mask_tokens.state_dict() if learned else None,
+                           "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
+            if main_process:
+                save(last, state)
+            del state
+        if done % flags.sample_every == 0 and (main_process or flags.init):               # a sharded model needs all processes
+            swap(weights, average or ())
+            preview(raw_model, tokenizer, dataset, flags, device, out / "samples" / f"step_{done:06d}.png", vae)
+            swap(weights, average or ())
         if values[11]:
             bar.close()
             say(f"stopped at step {done} of {flags.steps}; {last} is saved. Go on with the same command and --resume.")
@@ -357,14 +466,14 @@ def main():
     seconds += time.perf_counter() - start
 
     # ------------------------------------------------------------------ how good is it?
-    result = {"seconds": seconds, "steps": flags.steps, "images": flags.steps * flags.batch,
-              "parameters": sum(p.numel() for p in raw_model.parameters()), "seed": flags.seed, "preset": flags.preset,
-              "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "processes": world,
+    swap(weights, average or ())
+    result = {"seconds": seconds, "steps": flags.steps, "images": flags.steps * flags.batch, "parameters": count, "seed": flags.seed,
+              "preset": flags.preset, "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "processes": world,
               "torch": torch.__version__, "flags": vars(flags)}
     say(f"trained in {seconds:.0f} s")
     if flags.data in WORLDS and flags.eval_examples:
         for split in ("iid", "novel"):
-            rows = evaluate(averaged, tokenizer, Shapes(flags.data, split, flags.seed), range(rank, flags.eval_examples, world),
+            rows = evaluate(raw_model, tokenizer, Shapes(flags.data, split, flags.seed), range(rank, flags.eval_examples, world),
                             flags.eval_steps, flags.text_scale, flags.image_scale, device=device, bf16=flags.bf16,
                             progress=main_process)
             rows = [{key: row[key] for key in ("exact", "adherence", "faithfulness")} for row in rows]
@@ -374,14 +483,23 @@ def main():
                 rows = [row for share in shares for row in share]
             result[split] = means(rows)
             say(f"{split:>6} " + "  ".join(f"{key} {value:.3f}" for key, value in result[split].items()) + f"  ({len(rows)} examples)")
+    picture = out / "samples" / "final.png"
+    if main_process or flags.init:
+        result["l1"], result["l1_identity"] = preview(raw_model, tokenizer, dataset, flags, device, picture, vae)
+    if flags.init:
+        save_omnigen(raw_model, out / "export")
+        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vae") if main_process else ():
+            copy = shutil.copytree if (folder / name).is_dir() else shutil.copyfile
+            if (folder / name).exists():
+                copy(folder / name, out / "export" / name, **{"dirs_exist_ok": True} if copy is shutil.copytree else {})
+        say(f"wrote {out / 'export'}: python sample.py --init omnigen:{out / 'export'}")
     if main_process:
-        picture = out / "samples" / "final.png"
-        result["l1"], result["l1_identity"] = preview(averaged, tokenizer, dataset, flags, device, picture)
         with open(out / "result.json.tmp", "w") as file:
             json.dump(result, file, indent=1)
         os.replace(out / "result.json.tmp", out / "result.json")
         say(f"wrote {last}, {out / 'result.json'} and the picture {picture}")
-    if world > 1:
+    if dist.is_initialized():
+        model = mask_tokens = None       # DDP goes before the process group: after it, its destructor can deadlock
         dist.destroy_process_group()
 
 

@@ -1,13 +1,14 @@
 """What several test files share."""
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
 
-from model import PADDING, TEXT, Config, Transformer
+from model import PADDING, TEXT, Config, Transformer, position_table
 
 ROOT = Path(__file__).parent.parent
 TINY = dict(width=32, layers=2, heads=2, mlp=48, channels=3, patch=4, grid=4, grid_step=16.0, time_scale=1000.0, qk_norm=True)
@@ -50,3 +51,14 @@ def read_safetensors(path):
     return {name: torch.frombuffer(bytearray(raw[end + info["data_offsets"][0]:end + info["data_offsets"][1]]),
                                    dtype=types[info["dtype"]]).reshape(info["shape"])
             for name, info in json.loads(raw[8:end]).items() if name != "__metadata__"}
+
+
+def omnigen_folder(path):
+    """The tiny checkpoint as a folder like the published one: with pos_embed, a formula, which the fixture leaves out."""
+    from safetensors.torch import save_file
+    fixture = ROOT / "tests/fixtures/omnigen_tiny"
+    shutil.copytree(fixture, path)
+    (path / "model_without_pos_embed.safetensors").unlink()
+    weights = read_safetensors(fixture / "model_without_pos_embed.safetensors")
+    save_file({**weights, "pos_embed": position_table(Config(width=48))[None]}, path / "model.safetensors")
+    return path

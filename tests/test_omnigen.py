@@ -1,19 +1,18 @@
 """Everything pretrained against what OmniGen-v1's own code and diffusers compute from a tiny checkpoint of the released format."""
 import hashlib
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import read_safetensors, tiny_model
+from helpers import omnigen_folder, read_safetensors, tiny_model
 from PIL import Image
 
 import magd
 from data import BPE, make_prompt, prepare, to_tensor, tokenize
-from model import (PADDING, VAE, Condition, Config, InputError, Transformer, attention_rule, load_omnigen, load_vae, position_table,
-                   read_config, save_omnigen)
+from model import (PADDING, VAE, Condition, Config, InputError, Transformer, attention_rule, load_omnigen, load_vae, read_config,
+                   save_omnigen)
 from sample import generate
 
 FOLDER = Path(__file__).parent / "fixtures/omnigen_tiny"
@@ -100,12 +99,8 @@ def test_names_and_shapes_of_the_full_size_checkpoints():
 
 @pytest.fixture
 def folder(tmp_path):
-    """The tiny checkpoint as a folder like the published one: with pos_embed, which the fixture leaves out."""
-    save_file = pytest.importorskip("safetensors.torch").save_file
-    shutil.copytree(FOLDER, tmp_path / "omnigen")
-    weights = read_safetensors(FOLDER / "model_without_pos_embed.safetensors")
-    save_file({**weights, "pos_embed": position_table(Config(width=48))[None]}, tmp_path / "omnigen/model.safetensors")
-    return tmp_path / "omnigen"
+    pytest.importorskip("safetensors")
+    return omnigen_folder(tmp_path / "omnigen")
 
 
 def test_loading_and_saving_is_the_identity(folder, tmp_path):

@@ -109,10 +109,11 @@ def test_the_result_holds_what_it_should(tmp_path):
 
 def test_every_preset_names_only_flags_and_overrides_work(monkeypatch):
     for preset, values in train.PRESETS.items():
-        monkeypatch.setattr("sys.argv", ["train.py", "--preset", preset])
+        real = ["--init", "omnigen:folder", "--data", "pairs.jsonl"] if preset == "omnigen" else []
+        monkeypatch.setattr("sys.argv", ["train.py", "--preset", preset, *real])
         flags = vars(train.parse_flags())
         assert {key: flags[key] for key in values} == values
-        monkeypatch.setattr("sys.argv", ["train.py", "--preset", preset, "--steps", "7"])
+        monkeypatch.setattr("sys.argv", ["train.py", "--preset", preset, *real, "--steps", "7"])
         assert train.parse_flags().steps == 7
 
 

@@ -1,0 +1,176 @@
+"""Fine-tuning OmniGen on one's own images: the latent cache, batches of one size, and the whole way from files to an edit."""
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT, omnigen_folder, run
+from PIL import Image
+
+from data import BPE, Latents, bucket, cache_header, make_batch, micro_batches
+from model import InputError, load_omnigen, load_vae
+
+SIZES = [(128, 128), (150, 100), (100, 150), (128, 96), (200, 128), (64, 64), (90, 130), (300, 200)]
+
+
+def photographs(folder):
+    """Eight pairs of textured images of different sizes, half of them with a mask -> the JSONL file."""
+    rng, rows = np.random.default_rng(0), []
+    for k, (width, height) in enumerate(SIZES):
+        smooth = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+        source = (np.asarray(smooth) + rng.normal(0, 6, (height, width, 1))).clip(0, 255).astype(np.uint8)
+        mask = np.zeros((height, width), np.uint8)
+        mask[:, width // 2:] = 255
+        Image.fromarray(source).save(folder / f"{k}.jpg")
+        Image.fromarray(np.where(mask[:, :, None] > 0, 255 - source, source)).save(folder / f"{k}_edited.png")
+        Image.fromarray(mask).save(folder / f"{k}_mask.png")
+        rows.append({"instruction": "invert the right half", "input_images": [f"{k}.jpg"], "output_image": f"{k}_edited.png",
+                     "target_caption": f"picture {k}", "plan": ["find the right half", "invert it"]})
+        if k % 2:
+            rows[-1]["mask"] = f"{k}_mask.png"
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "pairs.jsonl"
+
+
+@pytest.fixture
+def world(tmp_path):
+    """A tiny OmniGen folder, image pairs, and their latents."""
+    pytest.importorskip("safetensors"), pytest.importorskip("tokenizers")
+    folder, pairs = omnigen_folder(tmp_path / "omnigen"), photographs(tmp_path)
+    run("data.py", "latents", pairs, "--init", f"omnigen:{folder}", "--size", 128, "--workers", 0, check=0)
+    return folder, pairs, tmp_path / "pairs.latents"
+
+
+def test_buckets():
+    assert bucket(1024, 1024, 1024) == (1024, 1024) and bucket(3000, 2000, 1024) == (1024, 704) and bucket(500, 375, 1024) == (512, 384)
+    assert bucket(9000, 20, 1024) == (1024, 64) and bucket(1, 1, 1024) == (64, 64)
+
+
+def test_the_cache_is_what_the_autoencoder_says(world):
+    folder, pairs, cache = world
+    data = Latents(pairs, cache, cache_header(folder / "vae", 128), p_edit=1.0)
+    vae = load_vae(folder / "vae")
+    image = torch.from_numpy(np.array(Image.open(pairs.parent / "5.jpg"))).permute(2, 0, 1)[None] / 127.5 - 1     # 64 x 64 as it is
+    mean, std = vae.encode(image)
+    generator = torch.Generator().manual_seed(3)
+    eps = torch.randn(mean.shape[1:], generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(data.latent(str(pairs.parent / "5.jpg"), generator), (mean + std * eps)[0], atol=5e-3, rtol=0)
+    blanked = image * 1.0
+    blanked[:, :, :, 32:] = 128 / 127.5 - 1
+    mean, _ = vae.encode(blanked)
+    entry = data.entries["5.jpg without 5_mask.png"]
+    stored = np.memmap(cache / entry["file"], np.float16, "r")[entry["offset"] // 2:][:int(np.prod(entry["shape"]))]
+    torch.testing.assert_close(torch.from_numpy(stored.astype(np.float32)).view(entry["shape"])[:4], mean[0], atol=5e-3, rtol=0)
+
+
+def test_an_interrupted_cache_continues(world):
+    folder, pairs, cache = world
+    whole = {path.name: path.read_bytes() for path in cache.iterdir()}
+    lines = whole["0.jsonl"].decode().splitlines(keepends=True)
+    (cache / "0.jsonl").write_text("".join(lines[:7]) + lines[7][:20])                    # killed while it wrote a line ...
+    end = json.loads(lines[7])["offset"]
+    (cache / "0.f16").write_bytes(whole["0.f16"][:end + 50])                              # ... and numbers without a line
+    again = run("data.py", "latents", pairs, "--init", f"omnigen:{folder}", "--size", 128, "--workers", 0, check=0)
+    assert f"{len(lines) - 7} new latents, 7 were there" in again.stdout
+    assert {path.name: path.read_bytes() for path in cache.iterdir()} == whole
+    Image.new("RGB", (64, 64)).save(pairs.parent / "5.jpg")                               # an exchanged image is encoded again
+    again = run("data.py", "latents", pairs, "--init", f"omnigen:{folder}", "--size", 128, "--workers", 0, check=0)
+    assert "2 new latents" in again.stdout                                                # itself and its masked version
+
+
+def test_a_cache_that_does_not_fit_is_refused(world, tmp_path):
+    folder, pairs, cache = world
+    header = cache_header(folder / "vae", 128)
+    with pytest.raises(InputError, match="made at size 128, not 256"):
+        Latents(pairs, cache, {**header, "size": 256})
+    with pytest.raises(InputError, match="of another autoencoder"):
+        Latents(pairs, cache, {**header, "vae": "0"})
+    with pytest.raises(InputError, match="there are no latents"):
+        Latents(pairs, tmp_path / "none", header)
+    data = Latents(pairs, cache, header)
+    raw = bytearray((cache / "0.f16").read_bytes())
+    raw[data.entries["3.jpg"]["offset"] + 9] ^= 1
+    (cache / "0.f16").write_bytes(raw)
+    with pytest.raises(InputError, match="the latent of .*3.jpg is damaged"):
+        Latents(pairs, cache, header).latent(str(pairs.parent / "3.jpg"), torch.Generator())
+    pairs.write_text(pairs.read_text() + json.dumps({"instruction": "x", "input_images": [], "output_image": "0_mask.png"}))
+    with pytest.raises(InputError, match=r"pairs.jsonl:9: .*0_mask.png is not in .*run `python data.py latents"):
+        Latents(pairs, cache, header)
+
+
+def test_the_mixture_of_edits_and_text_to_image(world):
+    folder, pairs, cache = world
+    for p_edit in (0.25, 0.5, 1.0):
+        data = Latents(pairs, cache, cache_header(folder / "vae", 128), p_edit=p_edit)
+        rows = [data.row(index)[1] for index in range(64)]
+        assert sum(bool(row["input_images"]) for row in rows) == 64 * p_edit
+        assert {row["instruction"] for row in rows if not row["input_images"]} == \
+            ({f"picture {k}" for k in range(8)} if p_edit < 1 else set())
+        edits = [row["output_image"] for row in rows if row["input_images"]]
+        assert len(set(edits[:8])) == 8                                # each once in an epoch
+    pairs.write_text("".join(line.replace("target_caption", "task") + "\n" for line in pairs.read_text().splitlines()))
+    with pytest.raises(InputError, match="nothing for text-to-image, which is 50% .* --p-edit 1"):
+        Latents(pairs, cache, cache_header(folder / "vae", 128))
+
+
+def test_micro_batches_have_one_size_and_miss_no_sample(world):
+    folder, pairs, cache = world
+    data = Latents(pairs, cache, cache_header(folder / "vae", 128))
+    stream = micro_batches(data, 3)
+    groups = [next(stream) for _ in range(40)]
+    assert all(len({tuple(data.bucket(index)) for index in group}) == 1 for group in groups)
+    flat = sorted(sum(groups, ()))
+    assert len(flat) == len(set(flat)) == 120 and flat[:100] == list(range(100))
+    batch = make_batch(data, groups[0], BPE(folder), 2, 0, 0.0, 1.0, 1.0)
+    assert batch.x1.shape == (3, 4, *data.bucket(groups[0][0])[1:])
+
+
+@pytest.mark.slow
+def test_from_photographs_to_an_edit(tmp_path):
+    """The README's commands: latents, 30 steps on two processes, a process dies, resumed on one, exported, sampled."""
+    pytest.importorskip("safetensors"), pytest.importorskip("tokenizers")
+    folder, pairs = omnigen_folder(tmp_path / "omnigen"), photographs(tmp_path)
+    run("data.py", "check", pairs, check=0)
+    run("data.py", "latents", pairs, "--init", f"omnigen:{folder}", "--size", 128, check=0, processes=2)
+    flags = ["--preset", "omnigen", "--init", f"omnigen:{folder}", "--data", pairs, "--size", 128, "--batch", 8, "--steps", 30, "--warmup", 5,
+             "--lr", 1e-2, "--save-every", 10, "--eval-steps", 2, "--workers", 1]
+    run("train.py", *flags, "--out", tmp_path / "whole", check=0, processes=2)
+
+    out = tmp_path / "killed"
+    job = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29911", "train.py",
+                            *map(str, flags), "--out", str(out)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while not (out / "last.pt").exists():
+        assert job.poll() is None
+        time.sleep(0.05)
+    workers = [int(pid) for pid in Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()]
+    subprocess.run(["kill", "-9", str(workers[-1])], check=True)
+    start = time.monotonic()
+    printed, _ = job.communicate(timeout=60)                           # no hanging: over within a minute, with a message
+    assert job.returncode != 0 and "FAILED" in printed and time.monotonic() - start < 60
+    assert not (out / "result.json").exists()
+    run("train.py", *flags, "--out", out, "--resume", check=0)         # on one process
+
+    whole, resumed = load_omnigen(tmp_path / "whole/export"), load_omnigen(out / "export")
+    start = load_omnigen(folder)
+    for (name, a), b, before in zip(whole.state_dict().items(), resumed.state_dict().values(), start.state_dict().values()):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=0, msg=name)
+        assert name == "pos_embed" or not a.equal(before), name        # everything was trained
+    edit = run("sample.py", "--init", f"omnigen:{out / 'export'}", "--image", pairs.parent / "7.jpg", "--prompt", "invert the right half",
+               "--steps", 2, "--pauses", "0,2", "--out", tmp_path / "edit.png", check=0)
+    assert "288 x 192 pixels, 216 tokens" in edit.stdout and "s a step" in edit.stdout
+    assert Image.open(tmp_path / "edit.png").size == (288, 192)
+
+
+def test_plans_that_cannot_be(tmp_path, world):
+    folder, pairs, _ = world
+    flags = ["--preset", "omnigen", "--data", pairs, "--size", 128, "--steps", 1, "--out", tmp_path / "run"]
+    done = run("train.py", *flags, "--init", f"omnigen:{folder}", "--batch", 6, "--micro-batch", 4)
+    assert done.returncode == 1 and "--batch 6 is not a multiple of 1 processes x 4 samples" in done.stderr.splitlines()[-1]
+    done = run("train.py", *flags)
+    assert done.returncode == 1 and "--init omnigen:FOLDER" in done.stderr.splitlines()[-1]
+    done = run("train.py", *flags, "--init", "omnigen:nowhere")
+    assert done.returncode == 1 and "nowhere" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
