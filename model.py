@@ -71,7 +71,7 @@ class Condition(NamedTuple):
 class Cache(NamedTuple):
     """What `denoise` needs of an encoded condition."""
     layers: list                          # per layer: keys and values, each (B, H, L, E)
-    real: torch.Tensor | None             # (B, L) True = not padding; None: no row is padded
+    padding: list                         # (B,) tokens of it
     length: torch.Tensor                  # (B,) real tokens
     long: torch.Tensor                    # (B,) True = the sequence takes the long RoPE factors
 
@@ -91,21 +91,48 @@ def attention_rule(kind):
     return (causal | same_image) & real[:, None, :] | ~real[:, :, None]                   # (B, L, L)
 
 
-def condition_segments(kind, device):
-    """Cut the condition into runs of queries (start, stop, keys, attend): queries start:stop see the first `keys` keys.
+LONG = 1000                               # keys: from here on rows of different lengths are attended to one by one
 
-    `attend` (B or 1, 1, stop - start, keys) says more where that is not all of it. Where all rows have one layout, each
-    image is a run that needs no mask, which is what the fast attention kernels want; a ragged batch is one masked run.
+# A plan says who looks at whom: a list of (rows, padding, runs) where a run (start, stop, keys, attend) lets the queries
+# start:stop see the keys padding:keys, all of them or, with a mask `attend`, some. Runs without a mask and without padding are
+# what the fast kernels want: they are used where all rows have one layout, and row by row where rows are long. Short ragged
+# rows are one run with a dense mask.
+
+def condition_plan(kind, device):
+    """kind (B, L) -> plan of the condition by itself."""
+    L = kind.shape[1]
+    ragged = bool((kind != kind[:1]).any() or (kind == PADDING).any())
+    if ragged and L < LONG:
+        return [(slice(None), 0, [(0, L, L, attention_rule(kind)[:, None].to(device))])]
+
+    def runs(row):
+        found, start, padding = [], 0, row.count(PADDING)
+        for value, group in groupby(row):
+            stop = start + len(list(group))
+            if value == TEXT:
+                seen = torch.ones(stop - start, stop - padding, dtype=torch.bool, device=device)
+                found.append((start, stop, stop, seen.tril(start - padding)))             # (queries, keys)
+            elif value > TEXT:
+                found.append((start, stop, stop, None))
+            start = stop
+        return padding, found
+    rows = [(slice(b, b + 1), row) for b, row in enumerate(kind.tolist())] if ragged else [(slice(None), kind[0].tolist())]
+    return [(where, *runs(row)) for where, row in rows]
+
+
+def target_plan(padding, L, N, device):
+    """padding (B,) of conditions of length L -> plan of a time token and N target tokens after them.
+
+    The target sees everything, the time token all but the target.
     """
-    attend = attention_rule(kind)[:, None].to(device)                                     # (B, 1, L, L)
-    if (kind != kind[:1]).any() or (kind == PADDING).any():
-        return [(0, kind.shape[1], kind.shape[1], attend)]
-    runs, start = [], 0
-    for value, group in groupby(kind[0].tolist()):
-        stop = start + len(list(group))
-        runs.append((start, stop, stop, attend[:1, :, start:stop, :stop] if value == TEXT else None))
-        start = stop
-    return runs
+    S, ragged = L + 1 + N, max(padding) > 0
+    if ragged and S < LONG:
+        attend = torch.arange(S) >= torch.tensor(padding)[:, None, None, None]            # (B, 1, 1, S)
+        attend = attend.repeat(1, 1, 1 + N, 1)                                            # (B, 1, 1 + N, S)
+        attend[:, :, 0, L + 1:] = False
+        return [(slice(None), 0, [(0, 1 + N, S, attend.to(device))])]
+    runs = [(0, 1, L + 1, None), (1, 1 + N, S, None)]
+    return [(slice(b, b + 1), p, runs) for b, p in enumerate(padding)] if ragged else [(slice(None), 0, runs)]
 
 
 def attend_to(q, k, v, attend):
@@ -118,9 +145,15 @@ def attend_to(q, k, v, attend):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=attend)
 
 
-def attention(q, k, v, segments):         # q (B, H, queries, E), k and v (B, H, keys, E)
-    out = [attend_to(q[:, :, a:b], k[:, :, :n], v[:, :, :n], attend) for a, b, n, attend in segments]
-    return out[0] if len(out) == 1 else torch.cat(out, dim=2)                             # (B, H, queries, E)
+def attention(q, k, v, plan):             # q (B, H, queries, E), k and v (B, H, keys, E)
+    """-> (B, H, queries, E)"""
+    outs = []
+    for rows, padding, runs in plan:
+        out = [attend_to(q[rows, :, a:b], k[rows, :, padding:n], v[rows, :, padding:n], attend) for a, b, n, attend in runs]
+        if runs[0][0] > 0:
+            out.insert(0, q[rows, :, :runs[0][0]])                                        # of padding, which nobody reads
+        outs.append(out[0] if len(out) == 1 else torch.cat(out, dim=2))
+    return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
 class RMSNorm(nn.Module):
@@ -183,17 +216,17 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(cfg.width, cfg.eps)
         self.mlp = FeedForward(cfg)
 
-    def forward(self, x, rope, segments, past=None):
+    def forward(self, x, rope, plan, past=None):
         """x (B, L, D) -> x and its own keys and values, after `past` ones if given.
 
-        segments = None returns (None, (k, v)): in the last layer a condition is only looked at.
+        plan = None returns (None, (k, v)): in the last layer a condition is only looked at.
         """
         q, k, v = self.self_attn.qkv(self.input_layernorm(x), rope)                       # (B, H, L, E) each
-        if segments is None:
+        if plan is None:
             return None, (k, v)
         if past is not None:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)         # (B, H, past + L, E)
-        x = x + self.self_attn.output(attention(q, k, v, segments))
+        x = x + self.self_attn.output(attention(q, k, v, plan))
         x = x + self.mlp(self.post_attention_layernorm(x))
         return x, (k, v)
 
@@ -340,13 +373,13 @@ class Transformer(nn.Module):
         length = real.sum(dim=1)                                                          # (B,)
         long = (length + 1 + tokens > self.cfg.original_positions).to(device)             # (B,)
         rope = self.rope((real.cumsum(dim=1) - 1).clamp(min=0).to(device), long)
-        segments = condition_segments(kind, device)
+        plan = condition_plan(kind, device)
         layers = []
         for block in self.llm.layers[:-1]:
-            x, keys_values = self.run(block, x, rope, segments)                           # (B, L, D)
+            x, keys_values = self.run(block, x, rope, plan)                           # (B, L, D)
             layers.append(keys_values)
         layers.append(self.run(self.llm.layers[-1], x, rope, None)[1])
-        return Cache(layers, None if real.all() else real.to(device), length.to(device), long)
+        return Cache(layers, (real.shape[1] - length).tolist(), length.to(device), long)
 
     def denoise(self, x_t, t, cache, masked=None, mask_token=None):
         """x_t (B, C, h, w), t (B,) -> what `prediction` says, (B, C, h, w).
@@ -363,15 +396,9 @@ class Transformer(nn.Module):
         x = torch.cat([self.time_token(features)[:, None], x], dim=1)                     # (B, 1 + N, D)
 
         rope = self.rope(cache.length[:, None] + torch.arange(1 + N, device=x.device), cache.long)
-        # the target sees everything, the time token all but the target
-        segments = [(0, 1, L + 1, None), (1, 1 + N, L + 1 + N, None)]
-        if cache.real is not None:
-            attend = F.pad(cache.real, (0, 1 + N), value=True)[:, None, None]             # (B, 1, 1, L + 1 + N)
-            attend = attend.repeat(1, 1, 1 + N, 1)                                        # (B, 1, 1 + N, L + 1 + N)
-            attend[:, :, 0, L + 1:] = False
-            segments = [(0, 1 + N, L + 1 + N, attend)]
+        plan = target_plan(cache.padding, L, N, x.device)
         for block, past in zip(self.llm.layers, cache.layers):
-            x, _ = self.run(block, x, rope, segments, past)                               # (B, 1 + N, D)
+            x, _ = self.run(block, x, rope, plan, past)                               # (B, 1 + N, D)
         x = self.final_layer(self.llm.norm(x[:, 1:]), self.t_embedder(features))          # (B, N, P*P*C)
         return rearrange(x.float(), "b (h w) (p q c) -> b c (h p) (w q)", h=h // P, p=P, q=P)
 

@@ -3,7 +3,8 @@ import pytest
 import torch
 from helpers import TINY, layout, tiny_model
 
-from model import (PADDING, Condition, Config, Transformer, attention, attention_rule, condition_segments, flops, patchify)
+import model as model_module
+from model import (PADDING, Condition, Config, Transformer, attention, attention_rule, condition_plan, flops, patchify)
 
 
 def condition(layouts, h=8, w=8, seed=0):
@@ -36,17 +37,21 @@ def test_attention_rule():
     assert allowed.equal(expected)
 
 
-def test_runs_without_masks_equal_the_dense_rule_forward_and_backward():
-    kind = layout("tt1111t2222t")
-    L = kind.shape[1]
-    q, k, v, g = torch.randn(4, 1, 2, L, 8).unbind(0)
+@pytest.mark.parametrize("rows, runs", [(["tt1111t2222t"], 5), (["tt1111t2222t", "....tttt111t"], 5), (["..1t", "tttt"], 2)])
+def test_runs_without_masks_equal_the_dense_rule_forward_and_backward(rows, runs, monkeypatch):
+    kind = layout(*rows)
+    B, L = kind.shape
+    q, k, v, g = torch.randn(4, B, 2, L, 8).unbind(0)
+    g = g * (kind != PADDING)[:, None, :, None]           # what padding looks at does not matter
+    monkeypatch.setattr(model_module, "LONG", 0)
+    plan, dense = condition_plan(kind, "cpu"), [(slice(None), 0, [(0, L, L, attention_rule(kind)[:, None])])]
+    assert len(plan[0][2]) == runs
     results = []
-    for segments in (condition_segments(kind, "cpu"), [(0, L, L, attention_rule(kind)[:, None])]):
+    for way in (plan, dense):
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-        y = attention(*leaves, segments)
+        y = attention(*leaves, way)
         y.backward(g)
-        results.append([y, *(leaf.grad for leaf in leaves)])
-    assert len(condition_segments(kind, "cpu")) == 5
+        results.append([y * (g != 0), *(leaf.grad for leaf in leaves)])
     for a, b in zip(*results):
         torch.testing.assert_close(a, b)
 
@@ -57,7 +62,7 @@ def test_the_fused_kernel_equals_the_written_out_attention(long):
     q, k, v = torch.randn(2, 2, 5, 8), torch.randn(2, 2, keys, 8), torch.randn(2, 2, keys, 8)
     attend = torch.rand(2, 1, 5, keys) < 0.5
     scores = (q @ k.transpose(2, 3) / 8**0.5).masked_fill(~attend, -torch.inf)
-    torch.testing.assert_close(attention(q, k, v, [(0, 5, keys, attend)]), scores.softmax(-1) @ v)
+    torch.testing.assert_close(attention(q, k, v, [(slice(None), 0, [(0, 5, keys, attend)])]), scores.softmax(-1) @ v)
 
 
 def test_who_sees_whom_in_the_whole_model():
@@ -90,7 +95,9 @@ def test_the_time_token_does_not_see_the_target(rows):
     assert not torch.allclose(kept[1][:, 1], kept[2][:, 1])
 
 
-def test_a_ragged_batch_equals_its_rows_one_by_one():
+@pytest.mark.parametrize("long", [0, 1000])               # attention row by row, or with a dense mask
+def test_a_ragged_batch_equals_its_rows_one_by_one(long, monkeypatch):
+    monkeypatch.setattr(model_module, "LONG", long)
     model = tiny_model()
     c = condition(["tt1111ttt", "t1111t2222t", "tt"])
     x, t = torch.randn(3, 3, 8, 8), torch.tensor([0.1, 0.5, 0.9])
