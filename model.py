@@ -1,9 +1,9 @@
 """The unified transformer of MADI, one class from the toy to OmniGen-v1, and the autoencoder of SDXL.
 
-The sequence is [condition | time token | target tokens]. The condition (text with reference images in their places)
-never depends on the time or on the target, so the forward has two parts: `encode` turns the condition into keys and
-values once, `denoise` runs the time token and the target over them. Training runs both in one graph; sampling encodes
-once and denoises at every step. Parameter names are OmniGen's own, so its released weights load as they are.
+The sequence is [condition | time token | target tokens]. Training runs all of it at once (`forward`). The condition (text
+with reference images in their places) never depends on the time or on the target, so sampling turns it into keys and
+values once (`encode`) and at every step runs only the time token and the target over them (`denoise`). Parameter names
+are OmniGen's own, so its released weights load as they are.
 
 Letters, the same in every file:
     B batch   L condition tokens   N target tokens (= h*w / P**2)   D width   H heads   E head width
@@ -71,9 +71,8 @@ class Condition(NamedTuple):
 class Cache(NamedTuple):
     """What `denoise` needs of an encoded condition."""
     layers: list                          # per layer: keys and values, each (B, H, L, E)
-    padding: list                         # (B,) tokens of it
-    length: torch.Tensor                  # (B,) real tokens
-    long: torch.Tensor                    # (B,) True = the sequence takes the long RoPE factors
+    rope: tuple                           # cos, sin of the time token and the target, each (B, 1, 1 + N, E)
+    plan: list                            # whom they look at: attention_plans
 
 
 # ---------------------------------------------------------------------------------------------------- attention
@@ -91,48 +90,38 @@ def attention_rule(kind):
     return (causal | same_image) & real[:, None, :] | ~real[:, :, None]                   # (B, L, L)
 
 
-LONG = 1000                               # keys: from here on rows of different lengths are attended to one by one
+LONG = 1000                               # tokens: from here on rows of different lengths are attended to one by one
 
-# A plan says who looks at whom: a list of (rows, padding, runs) where a run (start, stop, keys, attend) lets the queries
-# start:stop see the keys padding:keys, all of them or, with a mask `attend`, some. Runs without a mask and without padding are
-# what the fast kernels want: they are used where all rows have one layout, and row by row where rows are long. Short ragged
-# rows are one run with a dense mask.
 
-def condition_plan(kind, device):
-    """kind (B, L) -> plan of the condition by itself."""
-    L = kind.shape[1]
+def attention_plans(kind, N, device):
+    """Who looks at whom, for a condition of kind (B, L) and after it a time token and N target tokens.
+
+    -> two plans, of the condition and of the rest, which sees everything (the time token all but the target). A plan is a list of
+    (rows, padding, runs); a run (start, stop, keys, attend) lets the queries start:stop of these rows see the keys padding:keys,
+    all of them or, with a mask, some. Runs without mask and padding are what the fast attention kernels want: they are used where
+    all rows have one layout, and row by row where rows are long. Short ragged rows get a dense mask.
+    """
+    L, S = kind.shape[1], kind.shape[1] + 1 + N
     ragged = bool((kind != kind[:1]).any() or (kind == PADDING).any())
-    if ragged and L < LONG:
-        return [(slice(None), 0, [(0, L, L, attention_rule(kind)[:, None].to(device))])]
-
-    def runs(row):
-        found, start, padding = [], 0, row.count(PADDING)
+    if ragged and S < LONG:
+        seen = F.pad(kind != PADDING, (0, 1 + N), value=True)[:, None, None].repeat(1, 1, 1 + N, 1)        # (B, 1, 1 + N, S)
+        seen[:, :, 0, L + 1:] = False
+        return ([(slice(None), 0, [(0, L, L, attention_rule(kind)[:, None].to(device))])],
+                [(slice(None), 0, [(0, 1 + N, S, seen.to(device))])])
+    condition, target = [], []
+    for rows, row in [(slice(b, b + 1), row) for b, row in enumerate(kind.tolist())] if ragged else [(slice(None), kind[0].tolist())]:
+        runs, start, padding = [], 0, row.count(PADDING)
         for value, group in groupby(row):
             stop = start + len(list(group))
             if value == TEXT:
-                seen = torch.ones(stop - start, stop - padding, dtype=torch.bool, device=device)
-                found.append((start, stop, stop, seen.tril(start - padding)))             # (queries, keys)
+                causal = torch.ones(stop - start, stop - padding, dtype=torch.bool, device=device).tril(start - padding)
+                runs.append((start, stop, stop, causal))
             elif value > TEXT:
-                found.append((start, stop, stop, None))
+                runs.append((start, stop, stop, None))
             start = stop
-        return padding, found
-    rows = [(slice(b, b + 1), row) for b, row in enumerate(kind.tolist())] if ragged else [(slice(None), kind[0].tolist())]
-    return [(where, *runs(row)) for where, row in rows]
-
-
-def target_plan(padding, L, N, device):
-    """padding (B,) of conditions of length L -> plan of a time token and N target tokens after them.
-
-    The target sees everything, the time token all but the target.
-    """
-    S, ragged = L + 1 + N, max(padding) > 0
-    if ragged and S < LONG:
-        attend = torch.arange(S) >= torch.tensor(padding)[:, None, None, None]            # (B, 1, 1, S)
-        attend = attend.repeat(1, 1, 1 + N, 1)                                            # (B, 1, 1 + N, S)
-        attend[:, :, 0, L + 1:] = False
-        return [(slice(None), 0, [(0, 1 + N, S, attend.to(device))])]
-    runs = [(0, 1, L + 1, None), (1, 1 + N, S, None)]
-    return [(slice(b, b + 1), p, runs) for b, p in enumerate(padding)] if ragged else [(slice(None), 0, runs)]
+        condition.append((rows, padding, runs))
+        target.append((rows, padding, [(0, 1, L + 1, None), (1, 1 + N, S, None)]))
+    return condition, target
 
 
 def attend_to(q, k, v, attend):
@@ -216,17 +205,17 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(cfg.width, cfg.eps)
         self.mlp = FeedForward(cfg)
 
-    def forward(self, x, rope, plan, past=None):
-        """x (B, L, D) -> x and its own keys and values, after `past` ones if given.
+    def forward(self, x, rope, plan, past=None, first=0):
+        """x (B, L, D) -> x and its own keys and values; `past` are those of the tokens before x, if x is not all there is.
 
-        plan = None returns (None, (k, v)): in the last layer a condition is only looked at.
+        In the last layer a condition is only looked at: first > 0 returns x from that token on, plan = None no x at all.
         """
         q, k, v = self.self_attn.qkv(self.input_layernorm(x), rope)                       # (B, H, L, E) each
         if plan is None:
             return None, (k, v)
         if past is not None:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)         # (B, H, past + L, E)
-        x = x + self.self_attn.output(attention(q, k, v, plan))
+        x = x[:, first:] + self.self_attn.output(attention(q[:, :, first:], k, v, plan))  # (B, L - first, D)
         x = x + self.mlp(self.post_attention_layernorm(x))
         return x, (k, v)
 
@@ -355,8 +344,8 @@ class Transformer(nn.Module):
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
 
-    def encode(self, condition, tokens):
-        """Condition -> Cache. `tokens` of the target only matter for the choice of the RoPE factors."""
+    def embed_condition(self, condition, N):
+        """-> x (B, L, D) and its rope; the positions (B, 1 + N) that follow; long (B,), which RoPE factors the row takes."""
         ids, kind, images = condition
         device, P = ids.device, self.cfg.patch
         x = self.llm.embed_tokens(ids)                                                    # (B, L, D)
@@ -371,40 +360,61 @@ class Transformer(nn.Module):
 
         real = kind != PADDING                                                            # (B, L)
         length = real.sum(dim=1)                                                          # (B,)
-        long = (length + 1 + tokens > self.cfg.original_positions).to(device)             # (B,)
+        long = (length + 1 + N > self.cfg.original_positions).to(device)                  # (B,)
         rope = self.rope((real.cumsum(dim=1) - 1).clamp(min=0).to(device), long)
-        plan = condition_plan(kind, device)
-        layers = []
-        for block in self.llm.layers[:-1]:
-            x, keys_values = self.run(block, x, rope, plan)                           # (B, L, D)
-            layers.append(keys_values)
-        layers.append(self.run(self.llm.layers[-1], x, rope, None)[1])
-        return Cache(layers, (real.shape[1] - length).tolist(), length.to(device), long)
+        return x, rope, (length[:, None] + torch.arange(1 + N)).to(device), long
 
-    def denoise(self, x_t, t, cache, masked=None, mask_token=None):
-        """x_t (B, C, h, w), t (B,) -> what `prediction` says, (B, C, h, w).
-
-        masked (B, N), True = hidden: the embedding of that token is replaced by mask_token (B, D) (Eq. 4).
-        """
-        B, C, h, w = x_t.shape
-        P, N, L = self.cfg.patch, h * w // self.cfg.patch**2, cache.layers[0][0].shape[2]
+    def embed_target(self, x_t, t, masked=None, mask_token=None):
+        """-> x (B, 1 + N, D), the time token first, and the features of the time (B, 256)."""
+        P = self.cfg.patch
         x = self.x_embedder(patchify(x_t, P))                                             # (B, N, D)
         if masked is not None:
             x = torch.where(masked[:, :, None], mask_token[:, None].to(x.dtype), x)       # its position stays
-        x = x + self.positions(h // P, w // P)             # float32 from here on under autocast
-        features = timestep_features(t * self.cfg.time_scale).to(self.pos_embed.dtype)         # (B, 256)
-        x = torch.cat([self.time_token(features)[:, None], x], dim=1)                     # (B, 1 + N, D)
+        x = x + self.positions(x_t.shape[2] // P, x_t.shape[3] // P)                      # float32 from here on under autocast
+        features = timestep_features(t * self.cfg.time_scale).to(self.pos_embed.dtype)    # (B, 256)
+        return torch.cat([self.time_token(features)[:, None].to(x.dtype), x], dim=1), features                # (B, 1 + N, D)
 
-        rope = self.rope(cache.length[:, None] + torch.arange(1 + N, device=x.device), cache.long)
-        plan = target_plan(cache.padding, L, N, x.device)
-        for block, past in zip(self.llm.layers, cache.layers):
-            x, _ = self.run(block, x, rope, plan, past)                               # (B, 1 + N, D)
+    def read_out(self, x, features, x_t):                                                 # (B, 1 + N, D) -> like x_t
         x = self.final_layer(self.llm.norm(x[:, 1:]), self.t_embedder(features))          # (B, N, P*P*C)
-        return rearrange(x.float(), "b (h w) (p q c) -> b c (h p) (w q)", h=h // P, p=P, q=P)
+        P = self.cfg.patch
+        return rearrange(x.float(), "b (h w) (p q c) -> b c (h p) (w q)", h=x_t.shape[2] // P, p=P, q=P)
 
     def forward(self, x_t, t, condition, masked=None, mask_token=None):
-        N = x_t.shape[2] * x_t.shape[3] // self.cfg.patch**2
-        return self.denoise(x_t, t, self.encode(condition, N), masked, mask_token)
+        """x_t (B, C, h, w), t (B,) -> what `prediction` says, (B, C, h, w): condition and target in one pass, for training.
+
+        masked (B, N), True = hidden: the embedding of that token is replaced by mask_token (B, D) (Eq. 4).
+        """
+        target, features = self.embed_target(x_t, t, masked, mask_token)                  # (B, 1 + N, D)
+        N = target.shape[1] - 1
+        x, rope, position, long = self.embed_condition(condition, N)                      # (B, L, D)
+        L = x.shape[1]
+        rope = [torch.cat(pair, dim=2) for pair in zip(rope, self.rope(position, long))]
+        x = torch.cat([x, target.to(x.dtype)], dim=1)                                     # (B, L + 1 + N, D)
+        before, after = attention_plans(condition.kind, N, x.device)
+        plan = [(rows, padding, runs + [(L + start, L + stop, keys, attend) for start, stop, keys, attend in more])
+                for (rows, padding, runs), (_, _, more) in zip(before, after)]
+        for block in self.llm.layers[:-1]:
+            x, _ = self.run(block, x, rope, plan)                                         # (B, L + 1 + N, D)
+        x, _ = self.run(self.llm.layers[-1], x, rope, after, None, L)                     # (B, 1 + N, D)
+        return self.read_out(x, features, x_t)
+
+    def encode(self, condition, N):
+        """Condition -> Cache for targets of N tokens: what `forward` computes of a condition depends neither on t nor on x_t."""
+        x, rope, position, long = self.embed_condition(condition, N)
+        plan, rest = attention_plans(condition.kind, N, x.device)
+        layers = []
+        for block in self.llm.layers[:-1]:
+            x, keys_values = block(x, rope, plan)                                         # (B, L, D)
+            layers.append(keys_values)
+        layers.append(self.llm.layers[-1](x, rope, None)[1])
+        return Cache(layers, self.rope(position, long), rest)
+
+    def denoise(self, x_t, t, cache):
+        """`forward` with the condition already encoded."""
+        x, features = self.embed_target(x_t, t)                                           # (B, 1 + N, D)
+        for block, past in zip(self.llm.layers, cache.layers):
+            x, _ = block(x, cache.rope, cache.plan, past)                                 # (B, 1 + N, D)
+        return self.read_out(x, features, x_t)
 
 
 def flops(cfg, kind, N):

@@ -204,7 +204,7 @@ def memory(cfg, parameters, L, N, flags, micro, world):
     states = (16 + 4 * (flags.ema > 0)) * parameters / world           # float32 weights, gradients, two moments of AdamW, mean
     gathered = 3 * 2 * parameters / cfg.layers                         # bf16 weights of the running block, the next, its gradient
     inside = 2 * (10 * cfg.width + 4 * cfg.mlp)                        # what the backward of a block needs of a token
-    between = 2 * cfg.width * (3 * L + N)                              # inputs of a block, keys and values of the condition
+    between = 2 * cfg.width * (L + N)                                  # inputs of a block
     kept = cfg.layers * between + inside * max(L, N) if flags.checkpointing else cfg.layers * inside * (L + N)
     return states + gathered + micro * kept
 

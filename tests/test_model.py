@@ -4,7 +4,7 @@ import torch
 from helpers import TINY, layout, tiny_model
 
 import model as model_module
-from model import (PADDING, Condition, Config, Transformer, attention, attention_rule, condition_plan, flops, patchify)
+from model import (PADDING, Condition, Config, Transformer, attention, attention_plans, attention_rule, flops, patchify)
 
 
 def condition(layouts, h=8, w=8, seed=0):
@@ -44,7 +44,7 @@ def test_runs_without_masks_equal_the_dense_rule_forward_and_backward(rows, runs
     q, k, v, g = torch.randn(4, B, 2, L, 8).unbind(0)
     g = g * (kind != PADDING)[:, None, :, None]           # what padding looks at does not matter
     monkeypatch.setattr(model_module, "LONG", 0)
-    plan, dense = condition_plan(kind, "cpu"), [(slice(None), 0, [(0, L, L, attention_rule(kind)[:, None])])]
+    plan, dense = attention_plans(kind, 4, "cpu")[0], [(slice(None), 0, [(0, L, L, attention_rule(kind)[:, None])])]
     assert len(plan[0][2]) == runs
     results = []
     for way in (plan, dense):
