@@ -70,7 +70,7 @@ class Condition(NamedTuple):
 
 class Cache(NamedTuple):
     """What `denoise` needs of an encoded condition."""
-    layers: list                          # per layer: keys and values, each (B, H, L, E)
+    layers: list                          # per layer: keys and values, each (B, H, L + 1 + N, E), with room for the target's
     rope: tuple                           # cos, sin of the time token and the target, each (B, 1, 1 + N, E)
     plan: list                            # whom they look at: attention_plans
 
@@ -206,15 +206,16 @@ class Block(nn.Module):
         self.mlp = FeedForward(cfg)
 
     def forward(self, x, rope, plan, past=None, first=0):
-        """x (B, L, D) -> x and its own keys and values; `past` are those of the tokens before x, if x is not all there is.
+        """x (B, L, D) -> x and its keys and values; `past` (sampling only): those of the condition, with room for them.
 
         In the last layer a condition is only looked at: first > 0 returns x from that token on, plan = None no x at all.
         """
         q, k, v = self.self_attn.qkv(self.input_layernorm(x), rope)                       # (B, H, L, E) each
         if plan is None:
             return None, (k, v)
-        if past is not None:
-            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)         # (B, H, past + L, E)
+        if past is not None:                              # keys and values have their places after those of the condition
+            past[0][:, :, -k.shape[2]:], past[1][:, :, -k.shape[2]:] = k, v
+            k, v = past                                                                   # (B, H, past + L, E)
         x = x[:, first:] + self.self_attn.output(attention(q[:, :, first:], k, v, plan))  # (B, L - first, D)
         x = x + self.mlp(self.post_attention_layernorm(x))
         return x, (k, v)
@@ -398,6 +399,7 @@ class Transformer(nn.Module):
         x, _ = self.run(self.llm.layers[-1], x, rope, after, None, L)                     # (B, 1 + N, D)
         return self.read_out(x, features, x_t)
 
+    @torch.no_grad()
     def encode(self, condition, N):
         """Condition -> Cache for targets of N tokens: what `forward` computes of a condition depends neither on t nor on x_t."""
         x, rope, position, long = self.embed_condition(condition, N)
@@ -407,8 +409,10 @@ class Transformer(nn.Module):
             x, keys_values = block(x, rope, plan)                                         # (B, L, D)
             layers.append(keys_values)
         layers.append(self.llm.layers[-1](x, rope, None)[1])
+        layers = [tuple(F.pad(value, (0, 0, 0, 1 + N)) for value in pair) for pair in layers]             # (B, H, L + 1 + N, E)
         return Cache(layers, self.rope(position, long), rest)
 
+    @torch.no_grad()
     def denoise(self, x_t, t, cache):
         """`forward` with the condition already encoded."""
         x, features = self.embed_target(x_t, t)                                           # (B, 1 + N, D)
@@ -622,10 +626,9 @@ def load_weights(model, path, dtype, device):
         raise InputError(f"{path}: the weights do not fit the config.json beside them: {'; '.join(wrong[:3])}"
                          + f"; and {len(wrong) - 3} more" * (len(wrong) > 3))
     weights = {}
-    for file in dict.fromkeys(file for file, _ in where.values()):
-        with safetensors.safe_open(file, "pt") as tensors:
-            for key in tensors.keys():
-                weights[key] = own_part(tensors.get_tensor(key).to(device, dtype, copy=True), expected[key])
+    for key, (file, _) in where.items():
+        with safetensors.safe_open(file, "pt") as tensors:             # opened anew each time, so that what was read is let go
+            weights[key] = own_part(tensors.get_tensor(key).to(device, dtype, copy=True), expected[key])
     model.load_state_dict(weights, assign=True)
     return model
 
