@@ -460,16 +460,18 @@ def bucket(width, height, most):
     return tuple(max(64, round(side * factor / 64) * 64) for side in (width, height))
 
 
-def read_rows(path):
+def read_rows(path, targets=True):
     """A JSONL file of image pairs -> [(line number, row)], image paths made absolute. A bad row raises, with its line.
 
-    A row: instruction, input_images (list, may be empty), output_image; optionally mask, plan (list of steps),
+    A row: instruction, input_images (list, may be empty), output_image (null where there is none: not for training); optionally mask, plan (list of steps),
     source_caption, target_caption, task. Paths are relative to the file. OmniGen's rows have this form.
     """
     rows = []
     for number, row in rows_or_errors(path):
         if isinstance(row, InputError):
             raise row
+        if targets and row["output_image"] is None:
+            raise InputError(f"{path}:{number}: output_image is null: this row can be edited (sample.py --data), not trained on")
         rows.append((number, row))
     if not rows:
         raise InputError(f"{path}: no rows")
@@ -907,7 +909,7 @@ def check(flags):
         try:
             if isinstance(row, InputError):
                 raise row
-            for name in [*row["input_images"], row["output_image"], *([row["mask"]] if row.get("mask") else [])]:
+            for name in filter(None, [*row["input_images"], row["output_image"], row.get("mask")]):
                 try:
                     open_image(name)
                 except InputError as error:

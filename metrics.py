@@ -1,10 +1,13 @@
-"""How good is an edit? The oracle of the toy world, which knows; and the tables and figures made from it.
+"""How good is an edit? The oracle of the toy world, which knows; CLIP and DINO for photographs; selection; tables and figures.
 
     python metrics.py toy --ckpt out/toy/last.pt             exact, adherence and faithfulness by task and complexity
-    python metrics.py grid --ckpt A.pt --ckpt B.pt           the same edits by several models, as a picture
+    python metrics.py grid --ckpt A.pt B.pt                  the same edits by several models, as a picture
+    python metrics.py score DIR --clip FOLDER --dino FOLDER  CLIP-I, DINO, CLIP-T, CLIP-Dir, L1, L2 of edits by sample.py --data
+    python metrics.py select DIR                             the paper's selection among candidates (Sec. 6.1, Table 3)
+    python metrics.py judged FILE                            the averages of an MLLM's judgements (tools/mllm.py judge)
 
-adherence: was the instruction carried out? faithfulness: is everything else as it was? exact: both, in full. They are judged
-from source, instruction and output alone, by reading the scene back from the pixels; the target image is never looked at.
+The oracle's adherence: was the instruction carried out? faithfulness: is everything else as it was? exact: both, in full. They are
+judged from source, instruction and output alone, by reading the scene back from the pixels; the target image is never looked at.
 """
 import argparse
 import json
@@ -486,8 +489,9 @@ def toy(flags):
         for name, output in (("output = source", lambda s: s.images[0]), ("output = target", lambda s: s.target)):
             values = means([judge(dataset.world, s.images[0], s.instruction, output(s)) for s in edits])
             print(f"{name:16}{len(edits):8}" + "".join(f"{values[score]:14.3f}" for score in SCORES))
-    bars(f"{flags.ckpt}: {flags.examples} held-out examples each", groups, flags.out)
-    print(f"\nwrote {flags.out}")
+    picture = flags.out or Path(flags.ckpt).with_name("toy.png")
+    bars(f"{flags.ckpt}: {flags.examples} held-out examples each", groups, picture)
+    print(f"\nwrote {picture}")
 
 
 def grid(flags):
@@ -502,33 +506,349 @@ def grid(flags):
         name = f"p_magd {trained['p_magd']:g}"
         rows.append([(e["output"], f"{name}: {'exact' if e['exact'] else 'not exact'}", False) for e in edits])
     rows.append([(e["sample"].target, "target", False) for e in edits])
-    sheet(rows, flags.out, 112 // rows[0][0][0].shape[0])
-    print(f"wrote {flags.out}")
+    sheet(rows, flags.out or "grid.png", 112 // rows[0][0][0].shape[0])
+    print(f"wrote {flags.out or 'grid.png'}")
+
+
+# ------------------------------------------------------------------------------------------- scores of real edits
+
+EDIT_METRICS = ("clip_i", "dino", "clip_t", "clip_dir", "l1", "l2", "copied")
+
+
+def read_results(folder):
+    """The lines that `sample.py --data` wrote (results*.jsonl, or scores.jsonl where `score` has run), in a fixed order."""
+    folder = Path(folder)
+    files = [folder / "scores.jsonl"] if (folder / "scores.jsonl").exists() else sorted(folder.glob("results*.jsonl"))
+    rows = []
+    for file in files:
+        for number, line in enumerate(file.read_text().splitlines(), 1):
+            try:
+                rows.append(json.loads(line))
+                rows[-1]["id"], rows[-1]["pauses"], rows[-1]["seed"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise InputError(f"{file}:{number}: not a line of sample.py --data ({error!r})") from None
+    if not rows:
+        raise InputError(f"{folder}: no results there; make them with: sample.py --data FILE.jsonl --out {folder}")
+    return sorted(rows, key=lambda row: (str(row["id"]), row["pauses"], row["seed"]))
+
+
+def distance(image, reference):
+    """L1 and L2 of two PIL images in [0, 1]; the first is resized to the second."""
+    a, b = (np.asarray(x, np.float64) / 255 for x in (image.resize(reference.size), reference))
+    return float(np.abs(a - b).mean()), float(np.square(a - b).mean())
+
+
+def edit_metrics(rows, folder, clip, tokenizer, dino, against, device):
+    """Rows of results with the metrics of each, and those of the source in the place of the output as row["identity"].
+
+    against: what CLIP-I, DINO, L1 and L2 compare the output with, "target" (MagicBrush) or "source" (Emu-Edit). A metric that
+    is not defined for a row (no source, no caption, two captions alike) is None.
+    """
+    def image(row, key):
+        return open_image(folder / row[key]) if row.get(key) else None
+    images = [{key: image(row, key) for key in ("source", "target", "output")} for row in rows]
+
+    def features(encode, transform, key):
+        some = [k for k, own in enumerate(images) if own[key]]
+        out = [None] * len(rows)
+        if some:
+            found = encode(torch.stack([transform(images[k][key]) for k in some]).to(device)).float().cpu()
+            for k, feature in zip(some, found):
+                out[k] = feature
+        return out
+    size = clip.size
+    views = {"clip": (clip.image_features, lambda x: clip_pixels(x, size)), "dino": (dino.image_features, dino_pixels),
+             "direct": (clip.image_features, lambda x: direction_pixels(x, size))}
+    f = {(view, key): features(*views[view], key) for view in views for key in ("source", "output", against)}
+    texts = [row.get("source_caption") or "" for row in rows] + [row.get("target_caption") or "" for row in rows]
+    ids, cut = tokenizer(texts)
+    captions = clip.text_features(ids.to(device)).float().cpu()
+
+    def scores(k, key):
+        row, own = rows[k], images[k]
+        found = dict.fromkeys(EDIT_METRICS)
+        reference, target_caption = own[against], captions[len(rows) + k]
+        if own[key] and reference:
+            for metric, view in (("clip_i", "clip"), ("dino", "dino")):
+                found[metric] = F.cosine_similarity(f[view, key][k], f[view, against][k], dim=0).item()
+            found["l1"], found["l2"] = distance(own[key], reference)
+        if own[key] and row.get("target_caption"):
+            found["clip_t"] = F.cosine_similarity(f["clip", key][k], target_caption, dim=0).item()
+        if own[key] and own["source"]:
+            found["copied"] = float(distance(own[key], own["source"])[0] < 0.01)
+            if row.get("source_caption") and row.get("target_caption") and row["source_caption"] != row["target_caption"]:
+                value = direction(f["direct", "source"][k], f["direct", key][k], captions[k], target_caption).item()
+                found["clip_dir"] = None if math.isnan(value) else value
+        return found
+    return [{**row, **scores(k, "output"), "identity": scores(k, "source")} for k, row in enumerate(rows)], cut
+
+
+def average(values):
+    """Mean of what is defined, and how many that are."""
+    values = [value for value in values if value is not None]
+    return (sum(values) / len(values) if values else None), len(values)
+
+
+def markdown(header, lines):
+    cells = [[("-" if cell is None else f"{cell:.4f}") if not isinstance(cell, (str, int)) else str(cell) for cell in line] for line in lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *cells])
+
+
+def score(flags):
+    """CLIP-I, DINO, CLIP-T, CLIP-Dir, L1, L2 and the share of copies of a folder of edits, by task, beside the unchanged source."""
+    device, folder = "cuda" if torch.cuda.is_available() else "cpu", Path(flags.folder)
+    (folder / "scores.jsonl").unlink(missing_ok=True)
+    rows = read_results(folder)
+    clip, tokenizer = load_clip(flags.clip, device)
+    dino = load_dino(flags.dino, device, eps=1e-6)        # the norm of the original code, which MagicBrush's evaluator runs
+    against = flags.against or ("target" if all(row.get("target") for row in rows) else "source")
+    done, cut = [], 0
+    for start in tqdm(range(0, len(rows), flags.batch), desc="scores"):
+        some, more = edit_metrics(rows[start:start + flags.batch], folder, clip, tokenizer, dino, against, device)
+        done, cut = done + some, cut + more
+    groups = {"all": done, **{task: [row for row in done if row.get("task") == task] for task in sorted({row.get("task") or "" for row in done} - {""})}}
+    lines, report = [], {}
+    for name, group in groups.items():
+        for what, values in ((name, group), (f"{name}, output = source", [row["identity"] for row in group])):
+            means = {metric: average([row[metric] for row in values]) for metric in EDIT_METRICS}
+            report[what] = {metric: {"mean": mean, "number": number} for metric, (mean, number) in means.items()}
+            lines.append([what, len(group), *(mean for mean, _ in means.values())])
+    undefined = len(done) - report["all"]["clip_dir"]["number"]
+    encoder, transform = f"CLIP {Path(flags.clip).name}", "shorter side 224 bicubic, centre crop"
+    labels = {"clip_i": f"cosine of image features, {encoder}, {transform}; output against {against}",
+              "dino": f"cosine of CLS features, {Path(flags.dino).name}, shorter side 256 bicubic, centre crop 224; output against {against}",
+              "clip_t": f"cosine of output and target_caption, {encoder}, {transform}",
+              "clip_dir": f"cosine of the change of image and captions, {encoder}, bicubic straight to a square; undefined for {undefined} "
+                          f"of {len(done)} (no or equal captions, no source)",
+              "l1, l2": f"output resized to the {against}, in [0, 1]", "copied": "share of outputs with L1 < 0.01 to the source",
+              "captions": f"source_caption and target_caption of the data file; {cut} were longer than 77 tokens and cut"}
+    text = markdown(["group", "number", *EDIT_METRICS], lines) + "\n\n" + "\n".join(f"- {key}: {value}" for key, value in labels.items())
+    (folder / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in done))
+    (folder / "scores.json").write_text(json.dumps({"groups": report, "labels": labels}, indent=1))
+    (folder / "scores.md").write_text(text + "\n")
+    print(text + f"\n\nwrote {folder / 'scores.md'}, scores.json, scores.jsonl")
+
+
+# ------------------------------------------------------------------------------------------- selection among candidates (Sec. 6.1, Table 3)
+
+LIMITS = {"dino": 0.91, "clip_dir": 0.09, "faithfulness": 0.9, "adherence": 1.0}          # of Table 3; of the toy's oracle
+
+
+def pick(A, Fa, first, least=-math.inf):
+    """Of each item's candidates, A and Fa (items, candidates), the best by `first` ("adherence" or "faithfulness") among those
+    whose other score is at least `least`; the other score breaks ties -> index (items,), -1 where none passes."""
+    chosen = []
+    for a, f in zip(A, Fa):
+        ranked = [((x, y) if first == "adherence" else (y, x), k) for k, (x, y) in enumerate(zip(a, f))
+                  if (y if first == "adherence" else x) >= least]
+        chosen.append(max(ranked)[1] if ranked else -1)
+    return np.array(chosen)
+
+
+def protocol(A, Fa, min_faithfulness, min_adherence, resamples=1000):
+    """Table 3: A, Fa (items, candidates) -> {rule: {adherence, faithfulness: mean and 95% interval, recall: share of items that pass}}."""
+    passing = pick(A, Fa, "adherence", min_faithfulness)
+    rules = {"best adherence": pick(A, Fa, "adherence"), "best faithfulness": pick(A, Fa, "faithfulness"),
+             f"best adherence, faithfulness >= {min_faithfulness:g}": passing,
+             f"best faithfulness, adherence >= {min_adherence:g}": pick(A, Fa, "faithfulness", min_adherence),
+             "threshold, else the most faithful": np.where(passing >= 0, passing, pick(A, Fa, "faithfulness"))}
+    n = len(A)
+    counts = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), resamples).astype(np.float32)      # bootstrap over items
+    table = {}
+    for rule, index in rules.items():
+        passed, row = index >= 0, {"recall": float((index >= 0).mean())}
+        for name, values in (("adherence", A), ("faithfulness", Fa)):
+            value = np.where(passed, np.take_along_axis(values, index.clip(0)[:, None], 1)[:, 0], 0)
+            if passed.any():
+                weight = counts @ passed.astype(np.float32)
+                means = (counts @ value.astype(np.float32))[weight > 0] / weight[weight > 0]
+                row[name] = {"mean": float(value.sum() / passed.sum()), "interval": np.percentile(means, [2.5, 97.5]).tolist()}
+            else:
+                row[name] = {"mean": None, "interval": [None, None]}
+        table[rule] = row
+    return table
+
+
+def candidate_sets(rows, adherence, faithfulness):
+    """Rows of results -> {name: (A, Fa)}: pause counts at one seed; as many seeds at one count (the control); each count alone."""
+    items = {}
+    for row in sorted(rows, key=lambda row: (str(row["id"]), row["pauses"], row["seed"])):
+        items.setdefault(str(row["id"]), {})[row["pauses"], row["seed"]] = row
+    pauses, seeds = (sorted({row[key] for row in rows}) for key in ("pauses", "seed"))
+    sets = {"pause counts " + ", ".join(map(str, pauses)): [(p, seeds[0]) for p in pauses]}
+    if len(seeds) >= len(pauses) > 1:
+        sets["seeds " + ", ".join(map(str, seeds[:len(pauses)])) + " (control)"] = [(pauses[0], s) for s in seeds[:len(pauses)]]
+    sets |= {f"{p} pauses alone": [(p, seeds[0])] for p in pauses}
+    undefined = {name for name, own in items.items() if any(row.get(key) is None for row in own.values() for key in (adherence, faithfulness))}
+    kept = [name for name in sorted(items) if name not in undefined]
+    if not kept:
+        raise InputError(f"no item has {adherence} and {faithfulness} for all its candidates; run `metrics.py score` first")
+    for name in kept:
+        for candidate in {c for wanted in sets.values() for c in wanted} - set(items[name]):
+            raise InputError(f"item {name} has no candidate with {candidate[0]} pauses and seed {candidate[1]}; run sample.py to its end")
+    scores = {title: tuple(np.array([[items[name][c][key] for c in wanted] for name in kept], float) for key in (adherence, faithfulness))
+              for title, wanted in sets.items()}
+    return scores, kept, len(undefined), [next(iter(items[name].values())).get("identity") or {} for name in kept]
+
+
+def plot(panels, path):
+    """Save line charts side by side. panels: (title, x label, y label, {series: [(x, y, low, high)]}); low and high None: no bar."""
+    colors, font = ["#3465a4", "#f57900", "#73d216", "#75507b", "#cc0000", "#555753", "#c4a000", "#06989a"], ImageFont.load_default(12)
+    page = Image.new("RGB", (460 * len(panels), 380), "white")
+    pen = ImageDraw.Draw(page)
+    for k, (title, across, up, series) in enumerate(panels):
+        points = [point for line in series.values() for point in line]
+        lows = [(p[0], v) for p in points for v in p[1:] if v is not None]
+        (x0, x1), (y0, y1) = ((min(v), max(v)) for v in zip(*lows))
+        x1, y1, y0 = x1 if x1 > x0 else x0 + 1, y1 + 0.05 * (y1 - y0 or 1), y0 - 0.05 * (y1 - y0 or 1)
+
+        def at(x, y):
+            return 460 * k + 60 + 370 * (x - x0) / (x1 - x0), 300 - 240 * (y - y0) / (y1 - y0)
+        pen.text((460 * k + 60, 6), title, fill="black", font=font)
+        pen.rectangle([at(x0, y1), at(x1, y0)], outline="#bbbbbb")
+        for step in range(5):
+            x, y = x0 + (x1 - x0) * step / 4, y0 + (y1 - y0) * step / 4
+            pen.text((at(x, y0)[0] - 10, 304), f"{x:.3g}", fill="black", font=font)
+            pen.text((460 * k + 18, at(x0, y)[1] - 7), f"{y:.3g}", fill="black", font=font)
+        pen.text((460 * k + 200, 320), across, fill="black", font=font)
+        pen.text((460 * k + 18, 26), up, fill="black", font=font)
+        for s, (name, line) in enumerate(series.items()):
+            color = colors[s % len(colors)]
+            pen.line([at(x, y) for x, y, *_ in line], fill=color, width=2)
+            for x, y, low, high in line:
+                pen.ellipse([at(x, y)[0] - 3, at(x, y)[1] - 3, at(x, y)[0] + 3, at(x, y)[1] + 3], fill=color)
+                if low is not None:
+                    pen.line([at(x, low), at(x, high)], fill=color)
+            pen.text((460 * k + 60 + 200 * (s % 2), 338 + 13 * (s // 2)), name, fill=color, font=font)
+    page.save(path)
+
+
+def frontier(A, Fa):
+    """Mean (faithfulness, adherence) of "threshold, else the most faithful" for 21 thresholds: the trade-off curve."""
+    most = pick(A, Fa, "faithfulness")
+    points = []
+    for threshold in np.quantile(Fa, np.linspace(0, 1, 21)):
+        index = pick(A, Fa, "adherence", threshold)
+        index = np.where(index >= 0, index, most)[:, None]
+        points.append((*(float(np.take_along_axis(x, index, 1).mean()) for x in (Fa, A)), None, None))
+    return points
+
+
+def select(flags):
+    """Table 3 of the paper over a folder of candidates: pause counts, the same number of seeds as control, each count alone."""
+    folder, rows = Path(flags.folder), read_results(flags.folder)
+    toy = "adherence" in rows[0]
+    adherence, faithfulness = flags.adherence or ("adherence" if toy else "clip_dir"), flags.faithfulness or ("faithfulness" if toy else "dino")
+    limits = [LIMITS.get(key, 0.0) if own is None else own for own, key in ((flags.min_faithfulness, faithfulness), (flags.min_adherence, adherence))]
+    sets, kept, undefined, identity = candidate_sets(rows, adherence, faithfulness)
+    tables = {name: protocol(A, Fa, *limits) for name, (A, Fa) in sets.items()}
+    lines = [[name, rule, *(f"{row[key]['mean']:.4f} [{row[key]['interval'][0]:.4f}, {row[key]['interval'][1]:.4f}]" if row[key]["mean"] is not None
+                            else "-" for key in ("adherence", "faithfulness")), f"{row['recall']:.3f}"]
+             for name, table in tables.items() for rule, row in table.items() if not name.endswith("alone") or rule == "best adherence"]
+    lines = [[name, "as it is" if name.endswith("alone") else rule, *rest] for name, rule, *rest in lines]
+    same = [average([own.get(key) for own in identity])[0] for key in (adherence, faithfulness)]
+    lines.append(["output = source", "as it is", *("-" if value is None else f"{value:.4f}" for value in same), "1.000"])
+    text = markdown(["candidates", "rule", f"adherence ({adherence})", f"faithfulness ({faithfulness})", "recall"], lines)
+    text += f"\n\n{len(kept)} items; {undefined} more where a score is undefined are left out. Intervals: 95%, bootstrap over items."
+    counts = sorted({row["pauses"] for row in rows})
+    alone = {key: [(p, t["mean"], *t["interval"]) for p in counts for t in [tables[f"{p} pauses alone"]["best adherence"][key]]]
+             for key in ("adherence", "faithfulness")}
+    plot([("each pause count alone", "pause tokens", "mean score", alone),
+          ("threshold on faithfulness, then adherence", "faithfulness", "adherence",
+           {name: frontier(*scores) for name, scores in sets.items()})], folder / "selection.png")
+    (folder / "selection.json").write_text(json.dumps({"adherence": adherence, "faithfulness": faithfulness, "items": len(kept),
+                                                       "undefined": undefined, "identity": same, "tables": tables}, indent=1))
+    (folder / "selection.md").write_text(text + "\n")
+    print(text + f"\n\nwrote {folder / 'selection.md'}, selection.json, selection.png")
+
+
+# ------------------------------------------------------------------------------------------- the judgements of an MLLM
+
+def complex_edit(rows):
+    """Complex-Edit: rows with IF, IP, PQ in 0..10 -> the means, and overall, the mean of each sample's own three."""
+    scores = {key: sum(row[key] for row in rows) / len(rows) for key in ("IF", "IP", "PQ")}
+    return {**scores, "overall": sum(row["IF"] + row["IP"] + row["PQ"] for row in rows) / (3 * len(rows))}
+
+
+def madi_average(rows, if_high=7.0, idp_low=3.0, idp_high=7.0, if_low=3.0, weight=0.5):
+    """The paper's aggregate of IF and IDP: samples with IF > if_high and IDP < idp_low are left out (another image, not an edit);
+    IDP > idp_high with IF < if_low (nearly a copy) weighs `weight`; else (IF + IDP) / 2. The paper gives the first two numbers; the
+    other three are ours. -> average, number left out, number with less weight."""
+    total = weights = 0.0
+    left_out = less = 0
+    for row in rows:
+        if row["IF"] > if_high and row["IDP"] < idp_low:
+            left_out += 1
+            continue
+        copy = row["IDP"] > idp_high and row["IF"] < if_low
+        less += copy
+        w = weight if copy else 1.0
+        total, weights = total + w * (row["IF"] + row["IDP"]) / 2, weights + w
+    return (total / weights if weights else None), left_out, less
+
+
+def judged(flags):
+    """Means of what `tools/mllm.py judge` wrote, by Complex-Edit's rule and by the paper's."""
+    rows = []
+    for number, line in enumerate(Path(flags.file).read_text().splitlines(), 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise InputError(f"{flags.file}:{number}: not JSON ({error})") from None
+    if not rows or not ({"IF", "IP", "PQ"} <= set(rows[0]) or {"IF", "IDP"} <= set(rows[0])):
+        raise InputError(f"{flags.file}: no judgements; each line needs IF, PQ and IP (Complex-Edit) or IDP (the paper)")
+    if "IP" in rows[0]:
+        print("Complex-Edit: " + "  ".join(f"{key} {value:.3f}" for key, value in complex_edit(rows).items()) + f"  ({len(rows)} samples)")
+        rows = [{**row, "IDP": row["IP"]} for row in rows]
+    whole = [row for row in rows if row["IF"] is not None and row["IDP"] is not None]
+    value, left_out, less = madi_average(whole, flags.if_high, flags.idp_low, flags.idp_high, flags.if_low, flags.weight)
+    print(f"the paper's average of IF and IDP: {'none' if value is None else f'{value:.3f}'}  ({len(whole)} samples: {left_out} with IF > "
+          f"{flags.if_high:g} and IDP < {flags.idp_low:g} left out, {less} with IDP > {flags.idp_high:g} and IF < {flags.if_low:g} at weight "
+          f"{flags.weight:g}; {len(rows) - len(whole)} without both scores)")
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.error = lambda message: sys.exit(f"metrics.py: {message}")
-    p.add_argument("command", choices=["toy", "grid"])
-    p.add_argument("--ckpt", required=True, action="append", help="a checkpoint of train.py; grid takes several")
-    p.add_argument("--examples", type=int, default=512, help="toy: of each held-out set")
-    p.add_argument("--steps", type=int, default=20, help="Euler steps")
-    p.add_argument("--pauses", type=int, default=0, help="toy: pause tokens after each prompt")
-    p.add_argument("--text-scale", type=float, default=1.0, help="toy: guidance by the prompt; 1 = none")
-    p.add_argument("--image-scale", type=float, default=1.0, help="toy: guidance by the image; 1 = none")
-    p.add_argument("--out", help="the picture; toy.png beside the checkpoint, or grid.png, if not given")
+    commands = p.add_subparsers(required=True)
+
+    def add(function):
+        command = commands.add_parser(function.__name__, help=function.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        command.error = p.error
+        command.set_defaults(run=function)
+        return command
+    for command in (add(toy), add(grid)):
+        command.add_argument("--ckpt", required=True, nargs="+", help="checkpoints of train.py; toy takes one")
+        command.add_argument("--steps", type=int, default=20, help="Euler steps")
+        command.add_argument("--out", help="the picture; toy.png beside the checkpoint, or grid.png, if not given")
+    toys = commands.choices["toy"]
+    toys.add_argument("--examples", type=int, default=512, help="of each held-out set")
+    toys.add_argument("--pauses", type=int, default=0, help="pause tokens after each prompt")
+    toys.add_argument("--text-scale", type=float, default=1.0, help="guidance by the prompt; 1 = none")
+    toys.add_argument("--image-scale", type=float, default=1.0, help="guidance by the image; 1 = none")
+    command = add(score)
+    command.add_argument("folder", help="made by sample.py --data")
+    command.add_argument("--clip", required=True, help="folder with a CLIP of OpenAI, such as clip-vit-base-patch32")
+    command.add_argument("--dino", required=True, help="folder dino-vits16, or dino_deitsmall16_pretrain.pth")
+    command.add_argument("--against", choices=("source", "target"), help="target where every row has one, else source, if not given")
+    command.add_argument("--batch", type=int, default=32)
+    command = add(select)
+    command.add_argument("folder", help="made by sample.py --data --pauses ... --seeds ..., then scored")
+    for key in ("adherence", "faithfulness"):
+        command.add_argument(f"--{key}", help="the score that stands for it; the oracle's, or CLIP-Dir and DINO")
+        command.add_argument(f"--min-{key}", type=float, help="threshold; 0.91 for DINO, 0.09 for CLIP-Dir as in Table 3")
+    command = add(judged)
+    command.add_argument("file", help="made by tools/mllm.py judge")
+    for name, value in (("if-high", 7.0), ("idp-low", 3.0), ("idp-high", 7.0), ("if-low", 3.0), ("weight", 0.5)):
+        command.add_argument(f"--{name}", type=float, default=value, help="see madi_average")
     flags = p.parse_args()
-    if flags.examples < 1 or flags.steps < 1 or flags.pauses < 0:
-        p.error("--examples and --steps should be at least 1, --pauses at least 0")
-    if flags.command == "grid":
-        flags.out = flags.out or "grid.png"
-        grid(flags)
-    elif len(flags.ckpt) == 1:
+    if min(getattr(flags, "examples", 1), getattr(flags, "steps", 1), getattr(flags, "batch", 1)) < 1 or getattr(flags, "pauses", 0) < 0:
+        p.error("--examples, --steps and --batch should be at least 1, --pauses at least 0")
+    if flags.run is toy:
+        if len(flags.ckpt) > 1:
+            p.error("toy takes one --ckpt")
         flags.ckpt = flags.ckpt[0]
-        flags.out = flags.out or Path(flags.ckpt).with_name("toy.png")
-        toy(flags)
-    else:
-        p.error("toy takes one --ckpt")
+    flags.run(flags)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,14 @@
 
     python sample.py --ckpt out/toy/last.pt --image in.png --prompt "make the red circle blue" --pauses 0,8,16,32 --out edit.png
     python sample.py --init omnigen:OmniGen-v1 --image photo.jpg --prompt "make the boat blue" --out edit.png
+    python sample.py --ckpt out/toy/last.pt --data pairs.jsonl --pauses 0,8 --out edits       each row of a file
 
 Euler steps along the flow, three-branch guidance, one encoding of the condition per image (`Transformer.encode`), and the
 paper's inference-time scaling (Eq. 8, Sec. 6.1): one candidate per number of pause tokens and per seed, of which one is
 selected. Writes the chosen image, a contact sheet with all candidates, and a JSON line for each.
 """
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -19,8 +21,8 @@ from PIL import Image
 from tqdm import tqdm
 
 import magd
-from data import (BPE, WORLDS, Words, fit, make_condition, make_prompt, omnigen_folder, open_image, prepare, sheet, to_array,
-                  to_tensor)
+from data import (BPE, WORLDS, Words, fit, make_condition, make_prompt, omnigen_folder, open_image, prepare, read_rows, sheet,
+                  to_array, to_tensor)
 from metrics import judge
 from model import Config, InputError, Transformer, autocast, load_omnigen, load_vae
 
@@ -151,7 +153,8 @@ def parse_flags():
     p.add_argument("--ckpt", help="a checkpoint of train.py")
     p.add_argument("--init", help="or omnigen:FOLDER, with the files of OmniGen-v1 in FOLDER")
     p.add_argument("--image", action="append", default=[], help="the image to edit; again for more; none: text-to-image")
-    p.add_argument("--prompt", required=True)
+    p.add_argument("--prompt", help="the instruction; with --image or without")
+    p.add_argument("--data", help="or a JSONL file: edit each of its rows, into the folder --out")
     p.add_argument("--pauses", type=numbers, default=[0], help="numbers of pause tokens, one candidate each")
     p.add_argument("--seeds", type=numbers, default=[0], help="noise seeds, one candidate each")
     p.add_argument("--threshold", type=float, default=0.9, help="least faithfulness of a candidate to be chosen")
@@ -166,6 +169,8 @@ def parse_flags():
     flags = p.parse_args()
     if bool(flags.ckpt) == bool(flags.init):
         p.error("give either --ckpt, a checkpoint of train.py, or --init omnigen:FOLDER")
+    if bool(flags.prompt) == bool(flags.data) or flags.data and flags.image:
+        p.error("give either --prompt (and --image), or --data, a JSONL file")
     for name, toy, omnigen in (("steps", 20, 50), ("text_scale", 1.0, 2.5), ("image_scale", 1.0, 1.5)):
         if getattr(flags, name) is None:
             setattr(flags, name, omnigen if flags.init else toy)
@@ -174,46 +179,128 @@ def parse_flags():
     return flags
 
 
+def load_editor(flags, device):
+    """-> model, tokenizer, vae (None: the model works in pixels), the flags it was trained with (None: OmniGen)."""
+    if flags.ckpt:
+        model, tokenizer, trained = load_checkpoint(flags.ckpt, device)
+        return model, tokenizer, None, trained
+    folder = omnigen_folder(flags.init)
+    model = load_omnigen(folder, torch.bfloat16 if device.type == "cuda" else torch.float32, device).eval()
+    return model, BPE(folder, flags.pause_token, model.cfg.max_positions), load_vae(folder / "vae", device), None
+
+
+def open_source(path, trained):
+    """An image as the model takes it, (h, w, 3) uint8."""
+    image = open_image(path)
+    if trained is None:
+        return prepare(image)
+    size = trained["size"]
+    if image.size != (size, size):
+        tqdm.write(f"{path}: resized from {image.width} x {image.height} to the model's {size} x {size} pixels")
+    return fit(image, size)
+
+
+def edit(editor, flags, sources, instruction, pauses, seed, device, progress=True):
+    """One candidate: the sources (h, w, 3) uint8 edited by the instruction -> (h, w, 3) uint8, its number of tokens."""
+    model, tokenizer, vae, trained = editor
+    images = [to_tensor(source) for source in sources]
+    width, height = sources[0].shape[1::-1] if sources else flags.size if trained is None else (trained["size"],) * 2
+    shape = (3, height, width)
+    if vae:
+        images = [vae.encode(image[None].to(device))[0][0] for image in images]           # the mean of the posterior
+        shape = (4, height // 8, width // 8)
+    x = generate(model, tokenizer, [make_prompt(tokenizer, instruction, len(images), pauses=pauses)], [images],
+                 noise(shape, [seed], device), flags.steps, flags.text_scale, flags.image_scale, flags.negative_prompt,
+                 flags.low_memory, progress=progress)
+    return to_array((vae.decode(x) if vae else x)[0]), shape[1] * shape[2] // model.cfg.patch**2
+
+
+def output_path(row, number, pauses, seed):
+    """Where the output of a row goes below --out: for a benchmark of tools/prepare.py, as its published scorer expects it below
+    the folder of the candidate."""
+    folder, kind = f"pauses{pauses}_seed{seed}", row.get("benchmark")
+    if kind == "geneval":                                  # its samples of one prompt are our seeds
+        return f"pauses{pauses}/{number - 1:05d}/samples/{seed:04d}.png"
+    if kind == "magicbrush":                               # each turn starts from the true image of the turn before
+        return f"{folder}/{row['id']}/{row['id']}_{'' if row['turn'] == 1 else 'inde_'}{row['turn']}.png"
+    if kind == "complex-edit":
+        return f"{folder}/complexity_{row['complexity']}/{number:05d}.png"
+    if kind == "idea-bench":
+        return f"{folder}/{row['id']}/0001.jpg"
+    return f"{folder}/{number:05d}.png"
+
+
+def edit_file(editor, flags, device):
+    """Edit every row of a JSONL file, one candidate for each number of pauses and each seed; a line of results.RANK.jsonl each.
+
+    Continues where a killed run stopped. Under torchrun the processes share the rows.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    out, toy = Path(flags.out), WORLDS.get((editor[3] or {}).get("data"))
+    settings = {key: getattr(flags, key) for key in ("ckpt", "init", "steps", "text_scale", "image_scale", "negative_prompt")}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        results = out / f"results.{rank}.jsonl"
+        lines = [line for line in (results.read_text() if results.exists() else "").splitlines(keepends=True) if line.endswith("\n")]
+        results.write_text("".join(lines))                 # a killed run may have left half a line
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot write there ({error.strerror})") from None
+    done = {}
+    for file in sorted(out.glob("results.*.jsonl")):
+        for line in file.read_text().splitlines(keepends=True):
+            if line.endswith("\n"):
+                row = json.loads(line)
+                done[row["id"], row["pauses"], row["seed"]] = row["settings"]
+    if any(value != settings for value in done.values()):
+        raise InputError(f"--out {out}: it holds results of {next(v for v in done.values() if v != settings)}, not of {settings}")
+    rows = read_rows(flags.data, targets=False)
+    todo = [(number, row, p, s) for number, row in rows for p in flags.pauses for s in flags.seeds
+            if number % world == rank and (number, p, s) not in done]
+    with open(results, "a") as file:
+        for number, row, pauses, seed in tqdm(todo, desc="edits", disable=rank > 0):
+            try:
+                sources = [open_source(path, editor[3]) for path in row["input_images"]]
+                output, _ = edit(editor, flags, sources, row["instruction"], pauses, seed, device, progress=False)
+                scores = {} if toy is None else judge(toy, sources[0] if sources else None, row["instruction"], output)
+                if toy and sources:
+                    scores["identity"] = judge(toy, sources[0], row["instruction"], sources[0])
+            except InputError as error:
+                raise InputError(f"{flags.data}:{number}: {error}") from None
+            path = out / output_path(row, number, pauses, seed)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(output).save(path)
+            if "geneval" in row:
+                (path.parent.parent / "metadata.jsonl").write_text(json.dumps(row["geneval"]) + "\n")
+            paths = {"source": row["input_images"][0] if row["input_images"] else None, "target": row["output_image"], "output": path}
+            line = {**{key: value for key, value in row.items() if key not in ("input_images", "output_image", "mask", "id")},
+                    "id": number, "item": row.get("id"), "pauses": pauses, "seed": seed, **scores, "settings": settings,
+                    **{key: value and os.path.relpath(value, out) for key, value in paths.items()}}
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+    print(f"{out}: {len(todo)} new edits, {len(rows) * len(flags.pauses) * len(flags.seeds)} in all" + f" (process {rank})" * (world > 1))
+
+
 def main():
     flags = parse_flags()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    if flags.data:
+        return edit_file(load_editor(flags, device), flags, device)
     out = Path(flags.out)
     if out.suffix.lower() not in (".png", ".jpg", ".jpeg") or not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
         raise InputError(f"--out {out}: a .png or .jpg file in a folder that exists and can be written is needed")
-    world = vae = None
-    if flags.init:
-        folder = omnigen_folder(flags.init)
-        model = load_omnigen(folder, torch.bfloat16 if device == "cuda" else torch.float32, device).eval()
-        vae = load_vae(folder / "vae", device)
-        tokenizer = BPE(folder, flags.pause_token, model.cfg.max_positions)
-        sources = [prepare(open_image(path)) for path in flags.image]
-        images = [vae.encode(to_tensor(source)[None].to(device))[0][0] for source in sources]       # the mean
-        width, height = sources[0].shape[1::-1] if sources else flags.size
-        shape = (4, height // 8, width // 8)
-    else:
-        model, tokenizer, trained = load_checkpoint(flags.ckpt, device)
-        world, width = WORLDS.get(trained["data"]), trained["size"]
-        sources, height = [], width
-        for path in flags.image:
-            image = open_image(path)
-            if image.size != (width, height):
-                print(f"{path}: resized from {image.width} x {image.height} to the model's {width} x {height} pixels")
-            sources.append(fit(image, width))
-        images = [to_tensor(source) for source in sources]
-        shape = (3, height, width)
+    editor = load_editor(flags, device)
+    world = WORLDS.get((editor[3] or {}).get("data"))
+    sources = [open_source(path, editor[3]) for path in flags.image]
 
-    rows = [(pauses, seed) for pauses in flags.pauses for seed in flags.seeds]
-    tokens = shape[1] * shape[2] // model.cfg.patch**2
-    print(f"{width} x {height} pixels, {tokens} tokens; {len(rows)} candidates of {flags.steps} steps")
-    outputs, start = [], time.perf_counter()
-    for pauses, seed in rows:
-        prompt = make_prompt(tokenizer, flags.prompt, len(images), pauses=pauses)
-        x = generate(model, tokenizer, [prompt], [images], noise(shape, [seed], device), flags.steps, flags.text_scale,
-                     flags.image_scale, flags.negative_prompt, flags.low_memory, progress=True)
-        outputs.append(to_array((vae.decode(x) if vae else x)[0]))
-    seconds = (time.perf_counter() - start) / flags.steps / len(rows)
+    records, outputs, start = [], [], time.perf_counter()
+    for pauses, seed in itertools.product(flags.pauses, flags.seeds):
+        output, tokens = edit(editor, flags, sources, flags.prompt, pauses, seed, device)
+        outputs.append(output)
+        records.append({"pauses": pauses, "seed": seed})
+    seconds = (time.perf_counter() - start) / flags.steps / len(records)
+    height, width, _ = outputs[0].shape
+    print(f"{width} x {height} pixels, {tokens} tokens; {len(records)} candidates of {flags.steps} steps, {seconds:.3f} s a step")
 
-    records = [{"pauses": pauses, "seed": seed} for pauses, seed in rows]
     chosen = 0
     if world:
         for record, output in zip(records, outputs):
@@ -234,7 +321,6 @@ def main():
     with open(out.with_name(f"{out.stem}.jsonl"), "w") as file:
         for k, record in enumerate(records):
             file.write(json.dumps({**record, "chosen": k == chosen, "prompt": flags.prompt, "images": flags.image}) + "\n")
-    print(f"{seconds:.3f} s a step")
     print(f"chose {caption(records[chosen])}".replace("\n", ", "))
     print(f"wrote {out}, {out.stem}_sheet.png, {out.stem}.jsonl")
 

@@ -1,0 +1,144 @@
+"""Scores of real edits, the selection protocol of Table 3, and the averages of an MLLM's judgements."""
+import json
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import run
+from PIL import Image
+
+import metrics
+from model import InputError
+
+FOLDER = Path(__file__).parent / "fixtures/metrics_tiny"
+# three items, two candidates each
+A = np.array([[0.10, 0.30], [0.20, 0.20], [0.05, 0.00]])
+F = np.array([[0.95, 0.80], [0.90, 0.92], [0.99, 0.85]])
+
+
+def test_the_rules_by_hand():
+    table = metrics.protocol(A, F, 0.91, 0.09)
+    means = {rule: (row["adherence"]["mean"], row["faithfulness"]["mean"], row["recall"]) for rule, row in table.items()}
+    assert means["best adherence"] == pytest.approx(((0.30 + 0.20 + 0.05) / 3, (0.80 + 0.92 + 0.99) / 3, 1))     # a tie: the more faithful
+    assert means["best faithfulness"] == pytest.approx(((0.10 + 0.20 + 0.05) / 3, (0.95 + 0.92 + 0.99) / 3, 1))
+    assert means["best adherence, faithfulness >= 0.91"] == pytest.approx(((0.10 + 0.20 + 0.05) / 3, (0.95 + 0.92 + 0.99) / 3, 1))
+    assert means["best faithfulness, adherence >= 0.09"] == pytest.approx(((0.10 + 0.20) / 2, (0.95 + 0.92) / 2, 2 / 3))
+    strict = metrics.protocol(A, F, 0.94, 0.5)
+    row = strict["best adherence, faithfulness >= 0.94"]
+    assert (row["adherence"]["mean"], row["recall"]) == pytest.approx(((0.10 + 0.05) / 2, 2 / 3))
+    assert strict["best faithfulness, adherence >= 0.5"]["recall"] == 0 and strict["best faithfulness, adherence >= 0.5"]["adherence"]["mean"] is None
+    assert strict["threshold, else the most faithful"]["faithfulness"]["mean"] == pytest.approx((0.95 + 0.92 + 0.99) / 3)
+
+
+def test_intervals_cover_the_mean_as_often_as_they_say():
+    rng, inside = np.random.default_rng(1), 0
+    for _ in range(200):
+        row = metrics.protocol(rng.normal(0, 1, (60, 1)), np.ones((60, 1)), 0, -9, resamples=200)["best adherence"]
+        inside += row["adherence"]["interval"][0] <= 0 <= row["adherence"]["interval"][1]
+    assert 0.88 <= inside / 200 <= 0.99
+
+
+def rows_of(A, F, pauses=(0, 8), seeds=(0, 1)):
+    """Results for the grid pauses x seeds; score k of an item is that of (pauses[k], seed 0); other seeds are a little worse."""
+    return [{"id": i, "pauses": p, "seed": s, "adherence": A[i, k] - 0.01 * s, "faithfulness": F[i, k] - 0.01 * s,
+             "identity": {"adherence": 0.0, "faithfulness": 1.0}} for i in range(len(A)) for k, p in enumerate(pauses) for s in seeds]
+
+
+def write(folder, rows):
+    folder.mkdir(exist_ok=True)
+    (folder / "results.0.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_candidate_sets_and_their_control():
+    sets, kept, undefined, _ = metrics.candidate_sets(rows_of(A, F), "adherence", "faithfulness")
+    assert list(sets) == ["pause counts 0, 8", "seeds 0, 1 (control)", "0 pauses alone", "8 pauses alone"]
+    np.testing.assert_allclose(sets["pause counts 0, 8"][0], A)
+    np.testing.assert_allclose(sets["seeds 0, 1 (control)"][1], np.stack([F[:, 0], F[:, 0] - 0.01], 1))
+    np.testing.assert_allclose(sets["8 pauses alone"][0], A[:, 1:])
+    rows = rows_of(A, F)
+    rows[0]["adherence"] = None
+    assert metrics.candidate_sets(rows, "adherence", "faithfulness")[1:3] == (["1", "2"], 1)
+    with pytest.raises(InputError, match="item 2 has no candidate with 8 pauses and seed 0"):
+        metrics.candidate_sets([row for row in rows_of(A, F) if (row["id"], row["pauses"]) != (2, 8)], "adherence", "faithfulness")
+
+
+def test_order_of_samples_and_candidates_does_not_matter(tmp_path):
+    rng = np.random.default_rng(0)
+    rows = rows_of(rng.random((40, 3)).round(1), rng.random((40, 3)).round(1), (0, 8, 16), (0, 1, 2))    # rounded: many ties
+    results = []
+    for k in range(3):
+        folder = write(tmp_path / str(k), rows)
+        run("metrics.py", "select", folder, check=0)
+        results.append((folder / "selection.json").read_text())
+        random.Random(k).shuffle(rows)
+    assert results[0] == results[1] == results[2]
+    table = (folder / "selection.md").read_text()
+    assert "(control)" in table and "| output = source | as it is | 0.0000 | 1.0000 | 1.000 |" in table
+    picture = np.asarray(Image.open(folder / "selection.png"))
+    assert (picture == (0x34, 0x65, 0xa4)).all(axis=2).sum() > 100     # lines are drawn
+
+
+@pytest.fixture
+def edits(tmp_path):
+    """A folder like that of sample.py --data: a copy, a perfect edit, a row without target captions."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for k in range(3):
+        source, target = (rng.integers(0, 256, (40, 60, 3), dtype=np.uint8) for _ in range(2))
+        for name, image in (("source", source), ("target", target), ("output", source if k == 0 else target)):
+            Image.fromarray(image).save(tmp_path / f"{k}_{name}.png")
+        rows.append({"id": k, "pauses": 0, "seed": 0, "task": "color" if k else "add", "source_caption": "a photo of a cat",
+                     "target_caption": "a red hat", **{key: f"{k}_{key}.png" for key in ("source", "target", "output")}})
+    rows[2]["target_caption"] = rows[2]["source_caption"]
+    return write(tmp_path, rows)
+
+
+def test_scores_of_a_folder(edits):
+    pytest.importorskip("safetensors"), pytest.importorskip("tokenizers")
+    dino = edits / "dino"                                  # the fixture's takes 32 pixels; the protocol needs 224 and 785 positions
+    shutil.copytree(FOLDER / "dino", dino)
+    config = json.loads((dino / "config.json").read_text())
+    (dino / "config.json").write_text(json.dumps({**config, "image_size": 224}))
+    from safetensors.torch import load_file, save_file
+    weights = load_file(dino / "model.safetensors")
+    save_file({**weights, "embeddings.position_embeddings": weights["embeddings.position_embeddings"][:, :1].repeat(1, 785, 1)},
+              dino / "model.safetensors")
+    done = run("metrics.py", "score", edits, "--clip", FOLDER / "clip", "--dino", dino, "--batch", 2, check=0)
+    rows = [json.loads(line) for line in open(edits / "scores.jsonl")]
+    copy, perfect, alike = rows
+    assert copy["copied"] == 1 and copy["clip_dir"] == 0 and copy["identity"]["l1"] == copy["l1"] > 0.1
+    assert perfect["copied"] == 0 and perfect["l1"] == 0 and perfect["clip_i"] == pytest.approx(1) and perfect["dino"] == pytest.approx(1)
+    assert perfect["identity"]["clip_i"] < 1 and perfect["identity"]["copied"] == 1 and -1 <= perfect["clip_dir"] <= 1
+    assert alike["clip_dir"] is None and alike["clip_t"] is not None
+    assert "undefined for 1 of 3" in done.stdout and "output against target" in done.stdout and "CLIP clip" in done.stdout
+    report = json.loads((edits / "scores.json").read_text())["groups"]
+    assert report["color"]["l1"] == {"mean": 0.0, "number": 2} and report["all, output = source"]["copied"]["mean"] == 1
+    run("metrics.py", "score", edits, "--clip", FOLDER / "clip", "--dino", dino, "--against", "source", check=0)
+    assert json.loads(open(edits / "scores.jsonl").readline())["l1"] == 0              # Emu-Edit's way: the copy is perfect
+
+
+def test_l1_and_l2_by_hand():
+    a, b = Image.new("RGB", (2, 2), (255, 0, 0)), Image.new("RGB", (4, 4), (0, 0, 0))
+    assert metrics.distance(a, b) == pytest.approx((1 / 3, 1 / 3)) and metrics.distance(Image.new("RGB", (4, 4), (51, 51, 51)), b) == pytest.approx((0.2, 0.04))
+
+
+def test_averages_of_judgements_by_hand(tmp_path):
+    rows = [{"IF": 8, "IP": 2, "PQ": 5}, {"IF": 6, "IP": 6, "PQ": 9}]
+    assert metrics.complex_edit(rows) == pytest.approx({"IF": 7, "IP": 4, "PQ": 7, "overall": (5 + 7) / 2})
+    judged = [{"IF": 8.0, "IDP": 2.0}, {"IF": 1.0, "IDP": 9.0}, {"IF": 6.0, "IDP": 8.0}]
+    value, left_out, less = metrics.madi_average(judged)
+    assert (value, left_out, less) == pytest.approx(((0.5 * 5 + 7) / 1.5, 1, 1))
+    assert metrics.madi_average(judged, weight=1.0)[0] == pytest.approx(6)
+    assert metrics.madi_average([{"IF": 7.0, "IDP": 2.9}])[1] == 0     # the limits are strict
+    (tmp_path / "j.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*judged, {"IF": None, "IDP": 3.0}]))
+    done = run("metrics.py", "judged", tmp_path / "j.jsonl", check=0)
+    assert "6.333" in done.stdout and "1 with IF > 7 and IDP < 3 left out" in done.stdout and "1 without both scores" in done.stdout
+
+
+def test_bad_input_is_one_clear_line(tmp_path):
+    for rows, message in (([], "no results there"), ([{"x": 1}], "results.0.jsonl:1: not a line of sample.py --data")):
+        with pytest.raises(InputError, match=message):
+            metrics.read_results(write(tmp_path / "r", rows))
