@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 import torch
 from helpers import SMALL, run, tiny_model
@@ -154,3 +155,31 @@ def test_bad_input_is_one_clear_line(checkpoint, picture, tmp_path, capsys, monk
             sample.main()
         assert message in str(error.value) and "\n" not in str(error.value), (change, str(error.value))
     one_line(run("sample.py", "--ckpt", tmp_path / "none.pt", "--prompt", "x"), "sample.py:", "no such checkpoint")
+
+
+def test_a_whole_file_is_edited_and_an_interrupted_run_continues(checkpoint, tmp_path):
+    run("data.py", "export", "--n", 4, "--out", tmp_path / "pairs", check=0)
+    command = ["sample.py", "--ckpt", checkpoint, "--data", tmp_path / "pairs/pairs.jsonl", "--pauses", "0,2", "--steps", 1, "--out", tmp_path / "edits"]
+    run(*command, check=0, processes=2)                    # two processes share the rows
+    files = [tmp_path / f"edits/results.{rank}.jsonl" for rank in range(2)]
+    rows = [json.loads(line) for file in files for line in open(file)]
+    assert sorted((row["id"], row["pauses"]) for row in rows) == [(i, p) for i in range(1, 5) for p in (0, 2)]
+    example = Shapes("shapes", "iid").sample(2)
+    row = next(row for row in rows if row["id"] == 3)
+    assert row["instruction"] == example.instruction and row["identity"]["faithfulness"] == 1 and "exact" in row
+    assert np.asarray(Image.open(tmp_path / "edits" / row["source"])).tolist() == example.images[0].tolist()
+    before = {path: path.read_bytes() for path in (tmp_path / "edits").rglob("*.png")}
+    files[1].write_text(files[1].read_text()[:-30])        # killed within a line
+    done = run(*command, check=0)
+    assert "1 new edits, 8 in all" in done.stdout
+    assert {path: path.read_bytes() for path in (tmp_path / "edits").rglob("*.png")} == before      # the same edit again
+    one_line(run(*command, "--text-scale", 2), "sample.py", "holds results of")
+
+
+def test_outputs_lie_where_the_published_scorers_look():
+    where = sample.output_path
+    assert where({"benchmark": "magicbrush", "id": "123", "turn": 1}, 5, 0, 0) == "pauses0_seed0/123/123_1.png"
+    assert where({"benchmark": "magicbrush", "id": "123", "turn": 3}, 7, 8, 0) == "pauses8_seed0/123/123_inde_3.png"
+    assert where({"benchmark": "geneval"}, 553, 0, 3) == "pauses0/00552/samples/0003.png"
+    assert where({"benchmark": "idea-bench", "id": "story_0003"}, 9, 0, 1) == "pauses0_seed1/story_0003/0001.jpg"
+    assert where({"benchmark": "complex-edit", "complexity": 4}, 12, 0, 0) == "pauses0_seed0/complexity_4/00012.png"
