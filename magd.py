@@ -24,17 +24,17 @@ class Draws(NamedTuple):
     pick: torch.Tensor                    # (B,) which of the mask tokens?
 
 
-def sample_t(generator):
-    """Logit-normal time, as in OmniGen: sigmoid of a standard normal, ()."""
-    return torch.randn((), generator=generator).sigmoid()
+def sample_t(generator, mean=0.0):
+    """Logit-normal time, (): sigmoid of a normal of deviation 1. OmniGen has mean 0; below 0 there is more noise."""
+    return (torch.randn((), generator=generator) + mean).sigmoid()
 
 
-def draw(shape, tokens, seeds):
+def draw(shape, tokens, seeds, t_mean=0.0):
     """Draws for one sample per seed; shape = (C, h, w). Noise and time come first: plain and masked training share them."""
     rows = []
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
-        rows.append((torch.randn(shape, generator=generator), sample_t(generator), torch.rand((), generator=generator),
+        rows.append((torch.randn(shape, generator=generator), sample_t(generator, t_mean), torch.rand((), generator=generator),
                      torch.rand(tokens, generator=generator), torch.rand((), generator=generator)))
     return Draws(*map(torch.stack, zip(*rows)))
 

@@ -790,6 +790,8 @@ def madi_average(rows, if_high=7.0, idp_low=3.0, idp_high=7.0, if_low=3.0, weigh
 def judged(flags):
     """Means of what `tools/mllm.py judge` wrote, by Complex-Edit's rule and by the paper's."""
     rows = []
+    if not Path(flags.file).is_file():
+        raise InputError(f"{flags.file}: there is no such file; tools/mllm.py judge makes one")
     for number, line in enumerate(Path(flags.file).read_text().splitlines(), 1):
         try:
             rows.append(json.loads(line))

@@ -87,6 +87,7 @@ def parse_flags():
     p.add_argument("--tau", type=share, default=0.7, help="least noise level 1 - t of a masked sample")
     p.add_argument("--r-mask", type=share, default=0.25, help="share of tokens hidden in a masked sample")
     p.add_argument("--mask-token", choices=("learned", "zero"), default="learned")
+    p.add_argument("--t-mean", type=float, default=0.0, help="mean of the logit of the training times; below 0: more noise than OmniGen")
     p.add_argument("--edit-weight", action=switch, default=False, help="OmniGen's weight on the changed region of an edit")
     p.add_argument("--p-drop", type=share, default=0.1, help="chance that a prompt is emptied")
     p.add_argument("--p-plan", type=share, default=0.0, help="chance that a prompt carries its expressive plan")
@@ -184,7 +185,7 @@ class MicroBatches(torch.utils.data.Dataset):
         shape = tuple(batch.x1.shape[1:])
         tokens = shape[1] * shape[2] // self.cfg.patch**2
         work = 3 * sum(flops(self.cfg, kind, tokens) for kind in batch.condition.kind)    # the backward costs two forwards
-        return batch, magd.draw(shape, tokens, batch.seeds), work
+        return batch, magd.draw(shape, tokens, batch.seeds, f.t_mean), work
 
 
 def shard(model, device, bf16):
