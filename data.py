@@ -505,7 +505,8 @@ def check_row(row, path, number):
         if key not in row:
             return InputError(f"{path}:{number}: the key {key!r} is missing; there are {sorted(row)}")
     for key, kind in TYPES.items():
-        if row.get(key) is not None and not isinstance(row[key], kind):
+        required = key in ("instruction", "input_images")
+        if (required or row.get(key) is not None) and not isinstance(row[key], kind):
             return InputError(f"{path}:{number}: {key} should be a {kind.__name__}, not {type(row[key]).__name__}")
     for key in ("input_images", "plan"):
         if not all(isinstance(item, str) for item in row.get(key) or []):

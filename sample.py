@@ -220,11 +220,13 @@ def output_path(row, number, pauses, seed):
     the folder of the candidate."""
     folder, kind = f"pauses{pauses}_seed{seed}", row.get("benchmark")
     if kind == "geneval":                                  # its samples of one prompt are our seeds
-        return f"pauses{pauses}/{number - 1:05d}/samples/{seed:04d}.png"
+        return f"pauses{pauses}/{row['id']}/samples/{seed:04d}.png"
     if kind == "magicbrush":                               # each turn starts from the true image of the turn before
-        return f"{folder}/{row['id']}/{row['id']}_{'' if row['turn'] == 1 else 'inde_'}{row['turn']}.png"
+        image, turn = row["id"].rsplit("-", 1)
+        return f"{folder}/{image}/{image}_{'' if turn == '1' else 'inde_'}{turn}.png"
     if kind == "complex-edit":
-        return f"{folder}/complexity_{row['complexity']}/{number:05d}.png"
+        place, complexity = row["id"].rsplit("-", 1)
+        return f"{folder}/complexity_{complexity}/{place}.png"
     if kind == "idea-bench":
         return f"{folder}/{row['id']}/0001.jpg"
     return f"{folder}/{number:05d}.png"

@@ -165,6 +165,8 @@ def test_bad_images_are_named(tmp_path):
 @pytest.mark.parametrize("line, message", [
     ("{not json", "not JSON"), ("[1]", "a row is a JSON object"), ('{"instruction": "x", "input_images": []}', "'output_image' is missing"),
     ('{"instruction": 3, "input_images": [], "output_image": "a.png"}', "instruction should be a str"),
+    ('{"instruction": null, "input_images": [], "output_image": "a.png"}', "instruction should be a str"),
+    ('{"instruction": "x", "input_images": [], "output_image": null}', "output_image is null"),
     ('{"instruction": "x", "input_images": [3], "output_image": "a.png"}', "list of strings"),
     ('{"instruction": "<|image_2|>", "input_images": ["a.png"], "output_image": "a.png"}', "names images")])
 def test_bad_rows_are_named_by_line(tmp_path, line, message):

@@ -178,8 +178,9 @@ def test_a_whole_file_is_edited_and_an_interrupted_run_continues(checkpoint, tmp
 
 def test_outputs_lie_where_the_published_scorers_look():
     where = sample.output_path
-    assert where({"benchmark": "magicbrush", "id": "123", "turn": 1}, 5, 0, 0) == "pauses0_seed0/123/123_1.png"
-    assert where({"benchmark": "magicbrush", "id": "123", "turn": 3}, 7, 8, 0) == "pauses8_seed0/123/123_inde_3.png"
-    assert where({"benchmark": "geneval"}, 553, 0, 3) == "pauses0/00552/samples/0003.png"
+    assert where({"benchmark": "magicbrush", "id": "123-1"}, 5, 0, 0) == "pauses0_seed0/123/123_1.png"
+    assert where({"benchmark": "magicbrush", "id": "123-3"}, 7, 8, 0) == "pauses8_seed0/123/123_inde_3.png"
+    assert where({"benchmark": "geneval", "id": "00552"}, 9, 0, 3) == "pauses0/00552/samples/0003.png"
     assert where({"benchmark": "idea-bench", "id": "story_0003"}, 9, 0, 1) == "pauses0_seed1/story_0003/0001.jpg"
-    assert where({"benchmark": "complex-edit", "complexity": 4}, 12, 0, 0) == "pauses0_seed0/complexity_4/00012.png"
+    assert where({"benchmark": "complex-edit", "id": "00012-4"}, 12, 0, 0) == "pauses0_seed0/complexity_4/00012.png"
+    assert where({"id": "x"}, 12, 0, 0) == "pauses0_seed0/00012.png"
