@@ -206,7 +206,7 @@ def memory(cfg, parameters, L, N, flags, micro, world):
     gathered = 3 * 2 * parameters / cfg.layers                         # bf16 weights of the running block, the next, its gradient
     inside = 2 * (10 * cfg.width + 4 * cfg.mlp)                        # what the backward of a block needs of a token
     between = 2 * cfg.width * (L + N)                                  # inputs of a block
-    kept = cfg.layers * between + inside * max(L, N) if flags.checkpointing else cfg.layers * inside * (L + N)
+    kept = cfg.layers * between + inside * (L + N) if flags.checkpointing else cfg.layers * inside * (L + N)
     return states + gathered + micro * kept
 
 

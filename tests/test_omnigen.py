@@ -249,3 +249,13 @@ def test_sampling(case, low_memory, folder):
     if f"{case}/decoded" in REFERENCE:
         pixels = vae.decode(x)
         torch.testing.assert_close(pixels, REFERENCE[f"{case}/decoded"].view_as(pixels), atol=5e-4, rtol=0)
+
+
+def test_a_missing_optional_package_is_named_with_the_command_that_installs_it(monkeypatch):
+    import importlib
+
+    def absent(name):
+        raise ImportError(name)
+    monkeypatch.setattr(importlib, "import_module", absent)
+    with pytest.raises(InputError, match="needs the package tokenizers: pip install tokenizers safetensors"):
+        BPE(FOLDER)
