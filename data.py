@@ -463,8 +463,8 @@ def bucket(width, height, most):
 def read_rows(path, targets=True):
     """A JSONL file of image pairs -> [(line number, row)], image paths made absolute. A bad row raises, with its line.
 
-    A row: instruction, input_images (list, may be empty), output_image (null where there is none: not for training); optionally mask, plan (list of steps),
-    source_caption, target_caption, task. Paths are relative to the file. OmniGen's rows have this form.
+    A row: instruction, input_images (list, may be empty), output_image (null where there is none: not for training); optionally
+    mask, plan (list of steps), source_caption, target_caption, task. Paths are relative to the file. OmniGen's rows have this form.
     """
     rows = []
     for number, row in rows_or_errors(path):

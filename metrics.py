@@ -590,7 +590,7 @@ def average(values):
 
 
 def markdown(header, lines):
-    cells = [[("-" if cell is None else f"{cell:.4f}") if not isinstance(cell, (str, int)) else str(cell) for cell in line] for line in lines]
+    cells = [["-" if cell is None else f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in line] for line in lines]
     return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *cells])
 
 
@@ -606,7 +606,8 @@ def score(flags):
     for start in tqdm(range(0, len(rows), flags.batch), desc="scores"):
         some, more = edit_metrics(rows[start:start + flags.batch], folder, clip, tokenizer, dino, against, device)
         done, cut = done + some, cut + more
-    groups = {"all": done, **{task: [row for row in done if row.get("task") == task] for task in sorted({row.get("task") or "" for row in done} - {""})}}
+    tasks = sorted({row.get("task") or "" for row in done} - {""})
+    groups = {"all": done, **{task: [row for row in done if row.get("task") == task] for task in tasks}}
     lines, report = [], {}
     for name, group in groups.items():
         for what, values in ((name, group), (f"{name}, output = source", [row["identity"] for row in group])):
@@ -738,14 +739,21 @@ def select(flags):
     """Table 3 of the paper over a folder of candidates: pause counts, the same number of seeds as control, each count alone."""
     folder, rows = Path(flags.folder), read_results(flags.folder)
     toy = "adherence" in rows[0]
-    adherence, faithfulness = flags.adherence or ("adherence" if toy else "clip_dir"), flags.faithfulness or ("faithfulness" if toy else "dino")
-    limits = [LIMITS.get(key, 0.0) if own is None else own for own, key in ((flags.min_faithfulness, faithfulness), (flags.min_adherence, adherence))]
+    adherence = flags.adherence or ("adherence" if toy else "clip_dir")
+    faithfulness = flags.faithfulness or ("faithfulness" if toy else "dino")
+    own = ((flags.min_faithfulness, faithfulness), (flags.min_adherence, adherence))
+    limits = [LIMITS.get(key, 0.0) if limit is None else limit for limit, key in own]
     sets, kept, undefined, identity = candidate_sets(rows, adherence, faithfulness)
     tables = {name: protocol(A, Fa, *limits) for name, (A, Fa) in sets.items()}
-    lines = [[name, rule, *(f"{row[key]['mean']:.4f} [{row[key]['interval'][0]:.4f}, {row[key]['interval'][1]:.4f}]" if row[key]["mean"] is not None
-                            else "-" for key in ("adherence", "faithfulness")), f"{row['recall']:.3f}"]
-             for name, table in tables.items() for rule, row in table.items() if not name.endswith("alone") or rule == "best adherence"]
-    lines = [[name, "as it is" if name.endswith("alone") else rule, *rest] for name, rule, *rest in lines]
+
+    def shown(mean, interval):
+        return "-" if mean is None else f"{mean:.4f} [{interval[0]:.4f}, {interval[1]:.4f}]"
+    lines = []
+    for name, table in tables.items():
+        alone = name.endswith("alone")                    # one candidate: every rule takes it
+        for rule, row in list(table.items())[:1 if alone else None]:
+            scores = [shown(**row[key]) for key in ("adherence", "faithfulness")]
+            lines.append([name, "as it is" if alone else rule, *scores, f"{row['recall']:.3f}"])
     same = [average([own.get(key) for own in identity])[0] for key in (adherence, faithfulness)]
     lines.append(["output = source", "as it is", *("-" if value is None else f"{value:.4f}" for value in same), "1.000"])
     text = markdown(["candidates", "rule", f"adherence ({adherence})", f"faithfulness ({faithfulness})", "recall"], lines)

@@ -42,8 +42,8 @@ def generate(model, tokenizer, prompts, images, x0, steps=50, text_scale=2.5, im
     """Images for a batch of prompts. images: a list of (C, h, w) per prompt; x0 (B, C, h, w) noise -> (B, C, h, w).
 
     Guidance: v = v_u + image_scale (v_img - v_u) + text_scale (v_full - v_img), where v_full sees prompt and images, v_img the
-    images, v_u the negative prompt (None: the empty one of training). Written as a weighted sum of the three, a branch of weight 0 is not run. A prompt
-    without images has v_img = v_u, which leaves v_u + text_scale (v_full - v_u).
+    images, v_u the negative prompt (None: the empty one of training). Written as a weighted sum of the three, a branch of
+    weight 0 is not run. A prompt without images has v_img = v_u, which leaves v_u + text_scale (v_full - v_u).
     """
     device, negative = x0.device, tokenizer.empty if negative is None else negative
     only_images = [make_prompt(tokenizer, "", len(own)) if own else negative for own in images]

@@ -15,7 +15,8 @@ geneval       the repository, with prompts/evaluation_metadata.jsonl            
 
 Images that are files stay where they are and are named by relative paths; images inside Parquet files and converted masks are
 written to TO/images. A second run writes only images that are missing or of another size. Rows are counted from 0. What a scorer
-needs stands in further keys: id, benchmark (NAME: sample.py puts outputs where its scorer looks), split, turn, turns, local_caption, idx, complexity, operations, task_name, uid, tag, geneval.
+needs stands in further keys: id, benchmark (NAME: sample.py puts outputs where its scorer looks), split, turn, turns,
+local_caption, idx, complexity, operations, task_name, uid, tag, geneval.
 Evaluation sets have no target image: their rows have "output_image": null. sample.py --data reads these rows, training does not.
 Parquet files need the package pyarrow.
 """
@@ -301,7 +302,8 @@ def prepare(name, source, out, split=None, complexity=None):
                     ids.add((own, made[0]["id"]))
                     if target not in files:
                         files[target] = open(f"{target}.part", "w")
-                    files[target].writelines(json.dumps({**row, "benchmark": name, **({"split": own} if own else {})}) + "\n" for row in made)
+                    more = {"benchmark": name, "split": own} if own else {"benchmark": name}
+                    files[target].writelines(json.dumps({**row, **more}) + "\n" for row in made)
                     done, masks = counts.get(target, (0, 0))
                     counts[target] = done + len(made), masks + sum("mask" in row for row in made)
                 except InputError as error:
