@@ -43,6 +43,15 @@ def run(*command, check=None, cwd=ROOT, processes=1, **env):
     return done
 
 
+def call(module, *command):
+    """Run a script's main() in this process: a new one takes seconds to import torch."""
+    before, sys.argv = sys.argv, [module.__file__, *map(str, command)]
+    try:
+        module.main()
+    finally:
+        sys.argv = before
+
+
 def read_safetensors(path):
     """A .safetensors file -> {name: tensor}, so that these tests need no optional package: a header in JSON, then raw bytes."""
     raw = Path(path).read_bytes()

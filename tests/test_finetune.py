@@ -8,10 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, omnigen_folder, run
+import torch.distributed as dist
+from helpers import ROOT, call, omnigen_folder, run
 from PIL import Image
 
+import data as data_module
 from data import BPE, Latents, bucket, cache_header, make_batch, micro_batches
+import train
 from model import InputError, load_omnigen, load_vae
 
 SIZES = [(128, 128), (150, 100), (100, 150), (128, 96), (200, 128), (64, 64), (90, 130), (300, 200)]
@@ -41,7 +44,7 @@ def world(tmp_path):
     """A tiny OmniGen folder, image pairs, and their latents."""
     pytest.importorskip("safetensors"), pytest.importorskip("tokenizers")
     folder, pairs = omnigen_folder(tmp_path / "omnigen"), photographs(tmp_path)
-    run("data.py", "latents", pairs, "--init", f"omnigen:{folder}", "--size", 128, "--workers", 0, check=0)
+    call(data_module, "latents", pairs, "--init", f"omnigen:{folder}", "--size", 128, "--workers", 0)
     return folder, pairs, tmp_path / "pairs.latents"
 
 
@@ -67,19 +70,20 @@ def test_the_cache_is_what_the_autoencoder_says(world):
     torch.testing.assert_close(torch.from_numpy(stored.astype(np.float32)).view(entry["shape"])[:4], mean[0], atol=5e-3, rtol=0)
 
 
-def test_an_interrupted_cache_continues(world):
+def test_an_interrupted_cache_continues(world, capsys):
     folder, pairs, cache = world
     whole = {path.name: path.read_bytes() for path in cache.iterdir()}
     lines = whole["0.jsonl"].decode().splitlines(keepends=True)
     (cache / "0.jsonl").write_text("".join(lines[:7]) + lines[7][:20])                    # killed while it wrote a line ...
     end = json.loads(lines[7])["offset"]
     (cache / "0.f16").write_bytes(whole["0.f16"][:end + 50])                              # ... and numbers without a line
-    again = run("data.py", "latents", pairs, "--init", f"omnigen:{folder}", "--size", 128, "--workers", 0, check=0)
-    assert f"{len(lines) - 7} new latents, 7 were there" in again.stdout
+    again = ["latents", pairs, "--init", f"omnigen:{folder}", "--size", 128, "--workers", 0]
+    call(data_module, *again)
+    assert f"{len(lines) - 7} new latents, 7 were there" in capsys.readouterr().out
     assert {path.name: path.read_bytes() for path in cache.iterdir()} == whole
     Image.new("RGB", (64, 64)).save(pairs.parent / "5.jpg")                               # an exchanged image is encoded again
-    again = run("data.py", "latents", pairs, "--init", f"omnigen:{folder}", "--size", 128, "--workers", 0, check=0)
-    assert "2 new latents" in again.stdout                                                # itself and its masked version
+    call(data_module, *again)
+    assert "2 new latents" in capsys.readouterr().out                                           # itself and its masked version
 
 
 def test_a_cache_that_does_not_fit_is_refused(world, tmp_path):
@@ -168,9 +172,9 @@ def test_from_photographs_to_an_edit(tmp_path):
 def test_plans_that_cannot_be(tmp_path, world):
     folder, pairs, _ = world
     flags = ["--preset", "omnigen", "--data", pairs, "--size", 128, "--steps", 1, "--out", tmp_path / "run"]
-    done = run("train.py", *flags, "--init", f"omnigen:{folder}", "--batch", 6, "--micro-batch", 4)
-    assert done.returncode == 1 and "--batch 6 is not a multiple of 1 processes x 4 samples" in done.stderr.splitlines()[-1]
-    done = run("train.py", *flags)
-    assert done.returncode == 1 and "--init omnigen:FOLDER" in done.stderr.splitlines()[-1]
-    done = run("train.py", *flags, "--init", "omnigen:nowhere")
-    assert done.returncode == 1 and "nowhere" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    for more, message in ((["--init", f"omnigen:{folder}", "--batch", 6, "--micro-batch", 4], "--batch 6 is not a multiple of 1 processes x 4"),
+                          ([], "--init omnigen:FOLDER"), (["--init", "omnigen:nowhere"], "nowhere/vae/.*cannot be read")):
+        with pytest.raises((InputError, SystemExit), match=message):
+            call(train, *flags, *more)
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import run
+from helpers import call
 from PIL import Image
 
 import metrics
@@ -71,7 +71,7 @@ def test_order_of_samples_and_candidates_does_not_matter(tmp_path):
     results = []
     for k in range(3):
         folder = write(tmp_path / str(k), rows)
-        run("metrics.py", "select", folder, check=0)
+        call(metrics, "select", folder)
         results.append((folder / "selection.json").read_text())
         random.Random(k).shuffle(rows)
     assert results[0] == results[1] == results[2]
@@ -96,7 +96,7 @@ def edits(tmp_path):
     return write(tmp_path, rows)
 
 
-def test_scores_of_a_folder(edits):
+def test_scores_of_a_folder(edits, capsys):
     pytest.importorskip("safetensors"), pytest.importorskip("tokenizers")
     dino = edits / "dino"                                  # the fixture's takes 32 pixels; the protocol needs 224 and 785 positions
     shutil.copytree(FOLDER / "dino", dino)
@@ -106,17 +106,18 @@ def test_scores_of_a_folder(edits):
     weights = load_file(dino / "model.safetensors")
     save_file({**weights, "embeddings.position_embeddings": weights["embeddings.position_embeddings"][:, :1].repeat(1, 785, 1)},
               dino / "model.safetensors")
-    done = run("metrics.py", "score", edits, "--clip", FOLDER / "clip", "--dino", dino, "--batch", 2, check=0)
+    call(metrics, "score", edits, "--clip", FOLDER / "clip", "--dino", dino, "--batch", 2)
+    printed = capsys.readouterr().out
     rows = [json.loads(line) for line in open(edits / "scores.jsonl")]
     copy, perfect, alike = rows
     assert copy["copied"] == 1 and copy["clip_dir"] == 0 and copy["identity"]["l1"] == copy["l1"] > 0.1
     assert perfect["copied"] == 0 and perfect["l1"] == 0 and perfect["clip_i"] == pytest.approx(1) and perfect["dino"] == pytest.approx(1)
     assert perfect["identity"]["clip_i"] < 1 and perfect["identity"]["copied"] == 1 and -1 <= perfect["clip_dir"] <= 1
     assert alike["clip_dir"] is None and alike["clip_t"] is not None
-    assert "undefined for 1 of 3" in done.stdout and "output against target" in done.stdout and "CLIP clip" in done.stdout
+    assert "undefined for 1 of 3" in printed and "output against target" in printed and "CLIP clip" in printed
     report = json.loads((edits / "scores.json").read_text())["groups"]
     assert report["color"]["l1"] == {"mean": 0.0, "number": 2} and report["all, output = source"]["copied"]["mean"] == 1
-    run("metrics.py", "score", edits, "--clip", FOLDER / "clip", "--dino", dino, "--against", "source", check=0)
+    call(metrics, "score", edits, "--clip", FOLDER / "clip", "--dino", dino, "--against", "source")
     assert json.loads(open(edits / "scores.jsonl").readline())["l1"] == 0              # Emu-Edit's way: the copy is perfect
 
 
@@ -125,7 +126,7 @@ def test_l1_and_l2_by_hand():
     assert metrics.distance(a, b) == pytest.approx((1 / 3, 1 / 3)) and metrics.distance(Image.new("RGB", (4, 4), (51, 51, 51)), b) == pytest.approx((0.2, 0.04))
 
 
-def test_averages_of_judgements_by_hand(tmp_path):
+def test_averages_of_judgements_by_hand(tmp_path, capsys):
     rows = [{"IF": 8, "IP": 2, "PQ": 5}, {"IF": 6, "IP": 6, "PQ": 9}]
     assert metrics.complex_edit(rows) == pytest.approx({"IF": 7, "IP": 4, "PQ": 7, "overall": (5 + 7) / 2})
     judged = [{"IF": 8.0, "IDP": 2.0}, {"IF": 1.0, "IDP": 9.0}, {"IF": 6.0, "IDP": 8.0}]
@@ -134,8 +135,9 @@ def test_averages_of_judgements_by_hand(tmp_path):
     assert metrics.madi_average(judged, weight=1.0)[0] == pytest.approx(6)
     assert metrics.madi_average([{"IF": 7.0, "IDP": 2.9}])[1] == 0     # the limits are strict
     (tmp_path / "j.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*judged, {"IF": None, "IDP": 3.0}]))
-    done = run("metrics.py", "judged", tmp_path / "j.jsonl", check=0)
-    assert "6.333" in done.stdout and "1 with IF > 7 and IDP < 3 left out" in done.stdout and "1 without both scores" in done.stdout
+    call(metrics, "judged", tmp_path / "j.jsonl")
+    printed = capsys.readouterr().out
+    assert "6.333" in printed and "1 with IF > 7 and IDP < 3 left out" in printed and "1 without both scores" in printed
 
 
 def test_bad_input_is_one_clear_line(tmp_path):
