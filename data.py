@@ -57,14 +57,15 @@ class World:
     edits: tuple
     complexity: int                       # edits in one instruction, at most
     captions: float                       # share of text-to-image samples
+    alike: float                          # share of training scenes in one colour, where only the shape tells things apart
 
     @property
     def cell(self):
         return self.size // self.grid
 
 
-WORLDS = {"shapes": World(16, 2, SHAPES[:4], (6, 7), 3, EDITS[:5], 1, 0.0),
-          "shapes64": World(64, 4, SHAPES, (10, 12, 14), 6, EDITS, 4, 0.5)}
+WORLDS = {"shapes": World(16, 2, SHAPES[:4], (6, 7), 3, EDITS[:5], 1, 0.0, 0.3),
+          "shapes64": World(64, 4, SHAPES, (10, 12, 14), 6, EDITS, 4, 0.5, 0.0)}
 
 
 class Thing(NamedTuple):
@@ -252,12 +253,12 @@ def random_cells(world, rng, n):
     return [divmod(k, world.grid) for k in rng.sample(range(world.grid**2), n)]
 
 
-def random_scene(world, rng, n, shape=None):
-    """A scene of n things, all of `shape` if that is given."""
+def random_scene(world, rng, n, shape=None, color=None):
+    """A scene of n things, all of `shape`, or of `color`, if that is given."""
     things = []
     for cell in random_cells(world, rng, n):
         taken = [t.name for t in things]
-        while (thing := random_thing(world, rng, cell, shape)).name in taken:
+        while (thing := random_thing(world, rng, cell, shape, color)).name in taken:
             pass
         things.append(thing)
     return Scene(rng.choice(list(BACKGROUNDS)), rng.choice(list(LIGHTS)) if "global" in world.edits else "day",
@@ -341,8 +342,8 @@ class Sample:
 class Shapes:
     """The toy world as an endless data set: sample(index) is a pure function of (world, split, seed, index).
 
-    split: train; iid, the same distribution; novel, each sample with a combination of task, shape and colour that the
-    other two never show.
+    split: train; iid, the same combinations of task, shape and colour in other scenes; novel, each sample with a combination
+    that the other two never show. Only train has the scenes in one colour: chance rarely makes them, and they teach the most.
     """
 
     def __init__(self, world, split="train", seed=0):
@@ -362,7 +363,8 @@ class Shapes:
 
     def edit_sample(self, rng):
         world = self.world
-        before = scene = random_scene(world, rng, rng.randint(1, world.objects))
+        alike = self.split == "train" and rng.random() < world.alike
+        before = scene = random_scene(world, rng, rng.randint(1, world.objects), color=rng.choice(list(COLORS)) if alike else None)
         edits, free, names = [], list(before.things), {t.name for t in before.things}
         tasks = list(world.edits)
         for _ in range(rng.randint(1, world.complexity)):

@@ -41,7 +41,8 @@ from model import (Config, InputError, Transformer, autocast, fast_bf16, flops, 
 from sample import evaluate, generate, noise, read_checkpoint
 
 PRESETS = {                               # the flags that have no default of their own are set in each
-    "toy": dict(data="shapes", size=16, patch=4, width=256, layers=3, heads=4, mlp=512, batch=64, steps=1400, lr=6e-3, muon_lr=0.03),
+    "toy": dict(data="shapes", size=16, patch=4, width=256, layers=3, heads=8, mlp=512, batch=64, steps=1300, lr=6e-3, muon_lr=0.03,
+                t_mean=-0.8),
     "shapes64": dict(data="shapes64", size=64, patch=4, width=384, layers=8, heads=6, mlp=1024, batch=256, steps=10000, lr=1e-3,
                      muon_lr=0.01, p_plan=0.5, p_masked_source=0.5, ema=0.999, warmup=200, workers=8),
     "omnigen": dict(size=1024, patch=2, batch=128, micro_batch=1, steps=3200, lr=1e-4, muon_lr=0.0, warmup=800, ema=0.0, edit_weight=True,
@@ -151,7 +152,7 @@ class Muon(torch.optim.Optimizer):
     (one process, two processes) drift apart; dtype float32 keeps them together.
     """
 
-    def __init__(self, matrices, lr, weight_decay=0.0, momentum=0.95, dtype=torch.bfloat16):
+    def __init__(self, matrices, lr, weight_decay=0.0, momentum=0.9, dtype=torch.bfloat16):
         super().__init__(matrices, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
         self.dtype = dtype
 

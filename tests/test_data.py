@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 import data
+import metrics
 from data import (EDITS, WORLDS, Shapes, Words, combinations, held_out, make_batch, make_condition, make_prompt,
                   open_image, phrase, read_instruction, read_rows, related, tokenize, training_prompt, world_words)
 from model import PADDING, InputError
@@ -188,3 +189,11 @@ def test_rows_are_shuffled_anew_each_epoch_and_each_is_shown_once(tmp_path):
     epochs = [[pairs.sample(5 * e + k).instruction for k in range(5)] for e in range(3)]
     assert all(sorted(epoch) == [f"n{k}" for k in range(5)] for epoch in epochs) and len(set(map(tuple, epochs))) > 1
     assert pairs.words == [f"n{k}" for k in range(5)]
+
+
+def test_only_training_has_extra_scenes_in_one_colour():
+    def share(split):
+        scenes = [metrics.parse(WORLDS["shapes"], Shapes("shapes", split).sample(k).images[0])[0].things for k in range(300)]
+        several = [{thing.color for thing in things} for things in scenes if len(things) > 1]
+        return sum(len(colors) == 1 for colors in several) / len(several)
+    assert 0.25 < share("train") < 0.5 and share("iid") < 0.2

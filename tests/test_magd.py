@@ -116,3 +116,10 @@ def test_edit_weight_by_hand():
     weight = torch.rand_like(x1)
     loss, _ = magd.magd_loss(lambda *_: x1 - draws.x0 + 1, x1, condition, draws, weight=weight)
     torch.testing.assert_close(loss, weight.mean(dim=(1, 2, 3)))
+
+
+def test_the_mean_of_the_training_times():
+    for mean in (0.0, -0.8):
+        t = torch.cat([magd.draw((1, 1, 1), 1, [seed], mean).t for seed in range(4000)])
+        logit = (t / (1 - t)).log()
+        assert abs(logit.mean() - mean) < 4 / 4000**0.5 and abs(logit.std() - 1) < 0.05

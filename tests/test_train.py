@@ -153,6 +153,7 @@ def textured_pairs(folder, n=16, size=32):
     (folder / "pairs.jsonl").write_text("\n".join(rows))
 
 
+@pytest.mark.slow
 def test_it_overfits_sixteen_pairs_of_images_and_sample_reproduces_the_edits(tmp_path):
     textured_pairs(tmp_path)
     run("train.py", "--data", tmp_path / "pairs.jsonl", "--size", 32, "--width", 96, "--mlp", 192, "--batch", 16, "--steps", 250,
@@ -169,7 +170,7 @@ def test_it_overfits_sixteen_pairs_of_images_and_sample_reproduces_the_edits(tmp
 def test_muon_is_the_muon_of_torch():
     ours, theirs = ([torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(k)))
                      for k, shape in enumerate([(48, 16), (16, 16), (16, 32)])] for _ in range(2))
-    optimizers = train.Muon(ours, 0.02, weight_decay=0.1, dtype=torch.bfloat16), torch.optim.Muon(theirs, 0.02, weight_decay=0.1)
+    optimizers = train.Muon(ours, 0.02, weight_decay=0.1, dtype=torch.bfloat16), torch.optim.Muon(theirs, 0.02, weight_decay=0.1, momentum=0.9)
     for step in range(3):
         for k, (p, q) in enumerate(zip(ours, theirs)):
             p.grad = q.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * step + k))
