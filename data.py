@@ -20,7 +20,7 @@ import re
 import sys
 import zlib
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -997,16 +997,19 @@ def omnigen_folder(init):
     return Path(init.removeprefix("omnigen:"))
 
 
+def add_command(commands, error, function):
+    """A subcommand of the function's name, with its docstring as help."""
+    command = commands.add_parser(function.__name__, help=function.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    command.error = error
+    command.set_defaults(run=function)
+    return command
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.error = lambda message: sys.exit(f"data.py: {message}")
     commands = p.add_subparsers(required=True)
-
-    def add(function):
-        command = commands.add_parser(function.__name__, help=function.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        command.error = p.error
-        command.set_defaults(run=function)
-        return command
+    add = partial(add_command, commands, p.error)
     add(check).add_argument("data", help="a JSONL file")
     command = add(show)
     command.add_argument("--data", default="shapes", help="shapes, shapes64, or a JSONL file")

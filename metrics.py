@@ -14,7 +14,7 @@ import json
 import math
 import re
 import sys
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from data import (BACKGROUNDS, CAPTIONS, COLORS, EDITS, LIGHTS, NUMBERS, RELATIONS, STYLES, WORLDS, Scene, Shapes, Thing,
-                  corner, lit, open_image, plural, read_instruction, related, sheet, sprite, wrap)
+                  add_command, corner, lit, open_image, plural, read_instruction, related, sheet, sprite, wrap)
 from model import InputError, optional, read_json
 
 # A cell that differs from the best drawing of it by more than this (root mean square, images in [0, 1]) is not readable.
@@ -821,12 +821,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.error = lambda message: sys.exit(f"metrics.py: {message}")
     commands = p.add_subparsers(required=True)
-
-    def add(function):
-        command = commands.add_parser(function.__name__, help=function.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        command.error = p.error
-        command.set_defaults(run=function)
-        return command
+    add = partial(add_command, commands, p.error)
     for command in (add(toy), add(grid)):
         command.add_argument("--ckpt", required=True, nargs="+", help="checkpoints of train.py; toy takes one")
         command.add_argument("--steps", type=int, default=20, help="Euler steps")
