@@ -577,12 +577,15 @@ def cache_header(vae_folder, size):
         raise InputError(f"{path}: the autoencoder of OmniGen-v1 cannot be read ({error.strerror}). The README says where to get it.") from None
 
 
-def needed(row):
-    """A row -> (key, image, mask) of each latent it needs: reference images, target, and the source without the masked region."""
-    latents = [(name, name, None) for name in [*row["input_images"], row["output_image"]]]
+def needed(row, root):
+    """A row -> (key, image, mask) of each latent it needs: reference images, target, and the source without the masked region.
+
+    Keys name files relative to root, the folder of the JSONL file, so that data and cache can move together.
+    """
+    latents = [(os.path.relpath(name, root), name, None) for name in [*row["input_images"], row["output_image"]]]
     if row.get("mask") and row["input_images"]:
         source, mask = row["input_images"][0], row["mask"]
-        latents.append((f"{source} without {mask}", source, mask))
+        latents.append((f"{os.path.relpath(source, root)} without {os.path.relpath(mask, root)}", source, mask))
     return latents
 
 
@@ -612,13 +615,12 @@ class Latents:
 
     def __init__(self, path, folder, header, seed=0, p_edit=0.5):
         self.path, self.folder, self.seed, self.p_edit = path, Path(folder), seed, p_edit
-        rows, root = read_rows(path), Path(path).parent
+        rows, self.root = read_rows(path), Path(path).parent
         self.entries, self.files = read_cache(folder, header), {}
         for number, row in rows:
-            for key, _, _ in needed(row):
-                if relative(key, root) not in self.entries:
+            for key, _, _ in needed(row, self.root):
+                if key not in self.entries:
                     raise InputError(f"{path}:{number}: {key} is not in {folder}; run `python data.py latents {path}` again")
-        self.root = root
         self.edits = [(number, row) for number, row in rows if row["input_images"]]
         self.texts = [(number, row) for number, row in rows if not row["input_images"]] or [
             (number, {**row, "instruction": row["target_caption"], "input_images": [], "plan": []}) for number, row in rows
@@ -636,11 +638,11 @@ class Latents:
         return shuffled(self.texts, f"{self.seed}/text", index - before)
 
     def bucket(self, index):
-        return self.entries[relative(self.row(index)[1]["output_image"], self.root)]["shape"]
+        return self.entries[os.path.relpath(self.row(index)[1]["output_image"], self.root)]["shape"]
 
     def latent(self, key, generator):
         """One draw of the autoencoder's posterior, (C, h, w) float32."""
-        entry = self.entries[relative(key, self.root)]
+        entry = self.entries[key]
         count, start = int(np.prod(entry["shape"])), entry["offset"] // 2
         if entry["file"] not in self.files:
             self.files[entry["file"]] = np.memmap(self.folder / entry["file"], np.float16, "r")
@@ -653,14 +655,10 @@ class Latents:
     def sample(self, index):
         number, row = self.row(index)
         generator = torch.Generator().manual_seed(random.Random(f"latents/{self.seed}/{index}").getrandbits(62))
-        *images, target = (self.latent(name, generator) for name in [*row["input_images"], row["output_image"]])
-        blanked = self.latent(needed(row)[-1][0], generator) if row.get("mask") and images else None
-        return Sample(row["instruction"], target, images, None, blanked, row.get("plan") or [], task=row.get("task") or "")
-
-
-def relative(key, root):
-    """Keys of the index are relative to the JSONL file, so that data and cache can move together."""
-    return " without ".join(os.path.relpath(part, root) for part in key.split(" without "))
+        latents = [self.latent(key, generator) for key, _, _ in needed(row, self.root)]
+        images, (target, *blanked) = latents[:len(row["input_images"])], latents[len(row["input_images"]):]
+        return Sample(row["instruction"], target, images, None, blanked[0] if blanked else None, row.get("plan") or [],
+                      task=row.get("task") or "")
 
 
 # ------------------------------------------------------------------------------------------- prompts
@@ -953,8 +951,7 @@ def latents(flags):
 
     todo = {}
     for number, row in read_rows(flags.data):
-        for key, image, mask in needed(row):
-            key = relative(key, root)
+        for key, image, mask in needed(row, root):
             if zlib.crc32(key.encode()) % world == rank and done.get(key, {}).get("bytes") != file_sizes(image, mask):
                 todo.setdefault(key, (number, key, image, mask))
 
