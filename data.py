@@ -44,6 +44,7 @@ CORNERS = ("top left", "top right", "bottom left", "bottom right")
 RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}         # (row, column)
 NUMBERS = ("one", "two", "three", "four")
 EDITS = ("add", "remove", "color", "local", "background", "global", "style")                    # Emu-Edit's names
+WHOLE = EDITS[4:]                                                                               # of the image, not of one thing
 CAPTIONS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")      # GenEval's six kinds
 
 
@@ -65,6 +66,8 @@ class World:
 
 
 WORLDS = {"shapes": World(16, 2, SHAPES[:4], (6, 7), 3, EDITS[:5], 1, 0.0, 0.3),
+          "simple": World(16, 2, SHAPES[:4], (6, 7), 3, EDITS[:5], 1, 0.5, 0.3),    # runs/toy_all.sh: a base model learns this,
+          "hard": World(16, 2, SHAPES[:4], (6, 7), 3, EDITS[:5], 4, 0.25, 0.3),      # a fine-tune this
           "shapes64": World(64, 4, SHAPES, (10, 12, 14), 6, EDITS, 4, 0.5, 0.0)}
 
 
@@ -193,7 +196,7 @@ def read_instruction(text):
         if task == "add":
             color, shape, place, relation, other = words[:5]
             edits.append(Edit(task, shape, color, where=(relation, other) if relation else place or ""))
-        elif task in ("background", "global", "style"):
+        elif task in WHOLE:
             edits.append(Edit(task, value=words[0]))
         else:
             edits.append(Edit(task, words[1], words[0], words[2] if len(words) > 2 else ""))
@@ -214,7 +217,7 @@ def plan_of(world, edits, before, after):
     """The expressive prompt (Eq. 7): up to five steps that say in place what happens, then what stays."""
     steps, touched = [], []
     for edit in edits:
-        if edit.task in ("background", "global", "style"):
+        if edit.task in WHOLE:
             steps.append({"background": f"the background becomes {edit.value}", "global": f"the light becomes {edit.value}",
                           "style": f"the style becomes {edit.value}"}[edit.task])
             continue
@@ -285,8 +288,6 @@ def random_edit(world, rng, task, scene, free, names):
         return (edit, scene._replace(style=edit.value)) if scene.things else None
     if task == "add":
         empty = [c for c in (divmod(k, world.grid) for k in range(world.grid**2)) if c not in [t.cell for t in scene.things]]
-        if not empty:
-            return None
         # what is added has the middle size and stands in the middle of its cell, so that there is one right answer
         size = world.sizes[len(world.sizes) // 2]
         middle = (world.cell - size) // 2
@@ -298,8 +299,6 @@ def random_edit(world, rng, task, scene, free, names):
         if thing.name in names:
             return None
         return Edit(task, thing.shape, thing.color, where=where), scene._replace(things=scene.things + (thing,))
-    if not free:
-        return None
     old = rng.choice(free)
     if task == "remove":
         return Edit(task, old.shape, old.color), scene._replace(things=tuple(t for t in scene.things if t != old))
@@ -317,7 +316,7 @@ def random_edit(world, rng, task, scene, free, names):
 def combinations(edits, scene):
     """The (task, shape, colour) that a sample teaches: of what an edit makes, or of all things for a whole-image edit."""
     for edit in edits:
-        if edit.task in ("background", "global", "style"):
+        if edit.task in WHOLE:
             yield from ((edit.task, t.shape, t.color) for t in scene.things)
         else:
             yield (edit.task, edit.value if edit.task == "local" else edit.shape,
@@ -368,13 +367,16 @@ class Shapes:
         edits, free, names = [], list(before.things), {t.name for t in before.things}
         tasks = list(world.edits)
         for _ in range(rng.randint(1, world.complexity)):
-            task = rng.choice(tasks)
+            possible = [task for task in tasks if task in WHOLE or (len(scene.things) < world.grid**2 if task == "add" else free)]
+            if not possible:
+                return None, ()
+            task = rng.choice(possible)
             result = random_edit(world, rng, task, scene, free, names)
             if result is None:
                 return None, ()
             edit, scene = result
             edits.append(edit)
-            if task in ("background", "global", "style"):
+            if task in WHOLE:
                 tasks.remove(task)                                     # twice would contradict itself
             # what one edit made or named, another leaves alone, so the order does not matter
             named = edit.where[1] if isinstance(edit.where, tuple) else f"{edit.color} {edit.shape}"

@@ -7,12 +7,14 @@ tokens (Eq. 5), so it must fill the hidden ones from their neighbours and from t
 Time t runs from noise (0) to data (1); s = 1 - t is the noise level. The paper's "t >= tau" (high noise) is s >= tau.
 Letters: B batch, N target tokens, D width, (C, h, w) a latent.
 """
+import math
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 
 PREDICTIONS = ("velocity", "noise", "x")
+CORRUPTIONS = ("noise-mask", "mask-noise", "mask")           # the paper's, and two others to compare it with: see corrupt
 
 
 class Draws(NamedTuple):
@@ -89,21 +91,39 @@ def velocity(output, x_t, t, prediction):
     return output
 
 
+def corrupt(x1, draws, masked, corruption):
+    """Both corruptions of a batch, masked (B, N) -> x_t, x0, t, and the tokens that the network has to replace, or None.
+
+    noise-mask: noise, then the network sees a mask token in the place of a noisy one (Eq. 4). mask-noise, as in the caption of
+    Figure 1: a hidden patch of the image is blanked before the noise is added. mask: a masked sample gets no noise at all, so that
+    its loss is the masked autoencoder's (Eq. 1): with x0 = 0 and t = 1 the velocity x1 - x0 is the image.
+    """
+    x0, t, seen = draws.x0, draws.t, x1
+    if corruption == "mask":
+        active = masked.any(dim=1)                                                        # (B,)
+        x0, t = torch.where(active[:, None, None, None], 0, x0), torch.where(active, 1, t)
+    if corruption == "mask-noise":
+        P = math.isqrt(x1.shape[2] * x1.shape[3] // masked.shape[1])
+        hidden = masked.view(len(x1), 1, x1.shape[2] // P, x1.shape[3] // P).repeat_interleave(P, 2).repeat_interleave(P, 3)
+        seen, masked = torch.where(hidden, 0, x1), None                                   # hidden (B, 1, h, w)
+    return forward_process(seen, x0, t), x0, t, masked
+
+
 def magd_loss(model, x1, condition, draws, p_magd=0.0, tau=0.7, r_mask=0.25, mask_tokens=None, weight=None,
-              prediction="velocity"):
+              prediction="velocity", corruption="noise-mask"):
     """Eq. 6: the masked loss (Eq. 5) for the samples that token_mask selects, the plain loss (Eq. 3) for the others.
 
     Both are one batch and one forward. x1 (B, C, h, w) -> loss per sample (B,) and masked (B, N) or None.
     The error is taken on the velocity; for `noise` on the noise itself, as Eq. 3 and 5 are printed.
     mask_tokens None: the mask token is zero. p_magd = 0 is the plain loss, bit for bit. weight: see edit_weight.
     """
-    x0, t = draws.x0, draws.t
+    x0, t, masked, replace, mask_token = draws.x0, draws.t, None, None, None
     x_t = forward_process(x1, x0, t)
-    masked = mask_token = None
     if p_magd > 0:
         masked = token_mask(draws, p_magd, tau, r_mask)                                   # (B, N)
+        x_t, x0, t, replace = corrupt(x1, draws, masked, corruption)
         mask_token = x1.new_zeros(len(x1), 1) if mask_tokens is None else mask_tokens(draws.pick)
-    output = model(x_t, t, condition, masked, mask_token)                                 # (B, C, h, w)
+    output = model(x_t, t, condition, replace, mask_token)                                # (B, C, h, w)
     if prediction == "noise":
         error = output - x0
     elif prediction == "x":      # the error of the velocity is that of x1 over 1 - t; the bound is that of velocity()

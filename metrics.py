@@ -3,6 +3,9 @@
     python metrics.py toy --ckpt out/toy/last.pt             exact, adherence and faithfulness by task and complexity
     python metrics.py grid --ckpt A.pt B.pt                  the same edits by several models, as a picture
     python metrics.py score DIR --clip FOLDER --dino FOLDER  CLIP-I, DINO, CLIP-T, CLIP-Dir, L1, L2 of edits by sample.py --data
+    python metrics.py pauses --ckpt FILE --out FILE.json     a toy model with pause tokens, other fillers and other seeds
+    python metrics.py table DIR... --columns KEY...          runs compared over their seeds, as Markdown and as a figure
+    python metrics.py report RESULTS.md                      make every table of that file again
     python metrics.py select DIR                             the paper's selection among candidates (Sec. 6.1, Table 3)
     python metrics.py judged FILE                            the averages of an MLLM's judgements (tools/mllm.py judge)
 
@@ -10,10 +13,14 @@ The oracle's adherence: was the instruction carried out? faithfulness: is everyt
 judged from source, instruction and output alone, by reading the scene back from the pixels; the target image is never looked at.
 """
 import argparse
+import itertools
 import json
 import math
 import re
+import shlex
 import sys
+import time
+from copy import copy
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -25,7 +32,7 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from data import (BACKGROUNDS, CAPTIONS, COLORS, EDITS, LIGHTS, NUMBERS, RELATIONS, STYLES, WORLDS, Scene, Shapes, Thing,
+from data import (BACKGROUNDS, CAPTIONS, COLORS, EDITS, LIGHTS, NUMBERS, RELATIONS, STYLES, WHOLE, WORLDS, Scene, Shapes, Thing,
                   add_command, corner, lit, open_image, plural, read_instruction, related, sheet, sprite, wrap)
 from model import InputError, optional, read_json
 
@@ -87,7 +94,7 @@ def parse(world, image):
 def carried_out(world, edit, before, after, readable):
     """Is this one Edit of scene `before` true in scene `after`? Unreadable cells show nothing."""
     seen = {t.cell: t for t in after.things if readable[t.cell]}
-    if edit.task in ("background", "global", "style"):
+    if edit.task in WHOLE:
         return {"background": after.background, "global": after.light, "style": after.style}[edit.task] == edit.value
     name = f"{edit.color} {edit.shape}"
     if edit.task == "add":
@@ -431,14 +438,17 @@ def means(rows):
 
 
 def breakdown(rows):
-    """Rows of scores -> {group: (number, means)}: all, each task, and each complexity where there are several."""
-    groups = {"all": rows}
+    """Rows of scores -> {group: number and means}: all; where both are there, edits and captions; each task; each complexity."""
+    groups = {"all": rows, "edits": [row for row in rows if row["task"] not in CAPTIONS],
+              "captions": [row for row in rows if row["task"] in CAPTIONS]}
+    if not groups["edits"] or not groups["captions"]:
+        del groups["edits"], groups["captions"]
     for task in [*EDITS, "several", *CAPTIONS]:
         groups[task] = [row for row in rows if row["task"] == task]
     if len({row["complexity"] for row in rows}) > 1:
         for k in range(1, 5):
             groups[f"complexity {k}"] = [row for row in rows if row["complexity"] == k and row["task"] not in CAPTIONS]
-    return {name: (len(group), means(group)) for name, group in groups.items() if group}
+    return {name: {"number": len(group), **means(group)} for name, group in groups.items() if group}
 
 
 def bars(title, groups, path):
@@ -462,7 +472,7 @@ def bars(title, groups, path):
                 pen.text((8, y + (block - 20) // 2), name, fill="black", font=font)
             for k, group in enumerate(groups.values()):
                 if name in group:
-                    value = group[name][1][score]
+                    value = group[name][score]
                     pen.rectangle([x, y + k * height, x + 1 + 150 * value, y + (k + 1) * height - 2], fill=colors[k])
                     pen.text((x + 156, y + k * height - 1), f"{value:.2f}", fill="black", font=font)
     page.save(path)
@@ -471,6 +481,7 @@ def bars(title, groups, path):
 def toy(flags):
     """Table by task and complexity of a toy model on both held-out sets, between the two ends of the scale."""
     from sample import evaluate, load_checkpoint              # sample.py imports this file for its oracle
+    start = time.perf_counter()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer, trained = load_checkpoint(flags.ckpt, device)
     if trained["data"] not in WORLDS:
@@ -479,35 +490,198 @@ def toy(flags):
     for split in ("iid", "novel"):
         dataset = Shapes(trained["data"], split, trained["seed"])
         rows = evaluate(model, tokenizer, dataset, range(flags.examples), flags.steps, flags.text_scale, flags.image_scale,
-                        flags.pauses, device=device)
+                        flags.guidance_interval, flags.pauses, device=device)
         groups[split] = breakdown(rows)
         print(f"\n{split}: {flags.examples} examples, {flags.steps} Euler steps, {flags.pauses} pause tokens")
         print(f"{'':16}{'number':>8}" + "".join(f"{score:>14}" for score in SCORES))
-        for name, (number, values) in groups[split].items():
-            print(f"{name:16}{number:8}" + "".join(f"{values[score]:14.3f}" for score in SCORES))
+        for name, values in groups[split].items():
+            print(f"{name:16}{values['number']:8}" + "".join(f"{values[score]:14.3f}" for score in SCORES))
         edits = [row["sample"] for row in rows if row["sample"].images]
         for name, output in (("output = source", lambda s: s.images[0]), ("output = target", lambda s: s.target)):
             values = means([judge(dataset.world, s.images[0], s.instruction, output(s)) for s in edits])
             print(f"{name:16}{len(edits):8}" + "".join(f"{values[score]:14.3f}" for score in SCORES))
     picture = flags.out or Path(flags.ckpt).with_name("toy.png")
     bars(f"{flags.ckpt}: {flags.examples} held-out examples each", groups, picture)
-    print(f"\nwrote {picture}")
+    print(f"\nwrote {picture} ({time.perf_counter() - start:.0f} s)")
+
+
+def some_edits(dataset, n):
+    """The indices of the first n samples that are edits, not captions."""
+    return list(itertools.islice((k for k in itertools.count() if dataset.sample(k).images), n))
 
 
 def grid(flags):
     """A picture of the same held-out edits by several toy models: source and instruction, one row a model, target."""
     from sample import evaluate, load_checkpoint
-    rows, n = [], 8
+    rows = []
     for path in flags.ckpt:
         model, tokenizer, trained = load_checkpoint(path)
-        edits = evaluate(model, tokenizer, Shapes(trained["data"], "iid", trained["seed"]), range(n), flags.steps)
+        dataset = Shapes(trained["data"], "iid", trained["seed"])
+        edits = evaluate(model, tokenizer, dataset, some_edits(dataset, 8), flags.steps)
         if not rows:
             rows.append([(e["sample"].images[0], wrap(e["sample"].instruction, 18), False) for e in edits])
-        name = f"p_magd {trained['p_magd']:g}"
-        rows.append([(e["output"], f"{name}: {'exact' if e['exact'] else 'not exact'}", False) for e in edits])
+        name = "/".join(Path(path).parts[-3:-1])
+        rows.append([(e["output"], f"{name}{': exact' * e['exact']}", e["exact"]) for e in edits])
     rows.append([(e["sample"].target, "target", False) for e in edits])
     sheet(rows, flags.out or "grid.png", 112 // rows[0][0][0].shape[0])
     print(f"wrote {flags.out or 'grid.png'}")
+
+
+# ------------------------------------------------------------------------------------------- experiments
+
+def pauses(flags):
+    """Edits of a toy model with 0, 8, 16, 32 pause tokens, with as many commas in their place, and with four seeds each."""
+    from sample import evaluate, load_checkpoint, select
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, tokenizer, trained = load_checkpoint(flags.ckpt, device)
+    comma = copy(tokenizer)
+    comma.pause = ","
+    dataset = Shapes(trained["data"], "iid", trained["seed"])
+    indices = some_edits(dataset, flags.examples)
+    counts, seeds = (0, 8, 16, 32), range(4)
+    rows = {(filler, count, seed): evaluate(model, words, dataset, indices, flags.steps, flags.text_scale, flags.image_scale,
+                                            flags.guidance_interval, count, seed, device=device, progress=False)
+            for seed in tqdm(seeds, desc="seeds") for filler, words in (("pauses", tokenizer), ("commas", comma))
+            for count in counts if filler == "pauses" or count}
+
+    def best(candidates):                                  # of each example, as sample.py chooses
+        return [own[select(own, LIMITS["faithfulness"])[0]] for own in zip(*candidates)]
+    sets = {f"{count} {filler}": sum((rows[filler, count, seed] for seed in seeds), []) for filler, count, seed in rows if seed == 0}
+    sets["best of 4 counts"] = sum((best([rows["pauses", count, seed] for count in counts]) for seed in seeds), [])
+    for count in counts:
+        sets[f"best of 4 seeds, {count} pauses"] = best([rows["pauses", count, seed] for seed in seeds])
+    result = {name: breakdown(own) for name, own in sets.items()}
+
+    def scores(candidates):                                # -> A, Fa (examples, candidates)
+        return [np.array([[row[key] for row in own] for own in zip(*candidates)]) for key in ("adherence", "faithfulness")]
+    result["table 3"] = {name: protocol(*scores([rows["pauses", *c] for c in chosen]), LIMITS["faithfulness"], LIMITS["adherence"])
+                         for name, chosen in {"0 pauses": [(0, 0)], "4 counts": [(count, 0) for count in counts],
+                                              "4 seeds": [(0, seed) for seed in seeds]}.items()}
+    result["grid"] = {str(count): {str(seed): breakdown(rows["pauses", count, seed])["all"] for seed in seeds} for count in counts}
+    Path(flags.out).write_text(json.dumps({**result, "ckpt": flags.ckpt, "examples": len(indices), "steps": flags.steps}))
+    # the picture is of the example whose candidates differ most: about half of them exact
+    shown = min(range(len(indices)), key=lambda k: abs(8 - sum(rows["pauses", c, s][k]["exact"] for c in counts for s in seeds)))
+    sample = rows["pauses", 0, 0][shown]["sample"]
+    cells = [[(sample.images[0], "source", False)] + [None] * 2 + [(sample.target, "target", False)]]
+    cells += [[(row["output"], f"{count} pauses, seed {seed}", row["exact"]) for seed in seeds for row in [rows["pauses", count, seed][shown]]]
+              for count in counts]
+    sheet(cells, Path(flags.out).with_suffix(".png"), 6, title=f"{sample.instruction}; framed: exact")
+    print(f"wrote {flags.out} and {Path(flags.out).with_suffix('.png')}")
+
+
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)      # Student's t, 97.5%, for 1 to 9 degrees of freedom
+
+
+def interval(values):
+    """-> mean and half the width of its 95% interval (Student's t; nan for one value)."""
+    n = len(values)
+    return float(np.mean(values)), float(T95[min(n, 10) - 2] * np.std(values, ddof=1) / n**0.5) if n > 1 else math.nan
+
+
+def read_arms(folders, columns, name):
+    """Values of a comparison: FOLDER/SEED/name, a JSON file per seed -> {folder: {column: {seed: value}}}.
+
+    A column is a path of keys such as iid/edits/exact.
+    """
+    arms = {}
+    for folder in folders:
+        files = sorted(Path(folder).glob(f"*/{name}"))
+        if not files:
+            raise InputError(f"{folder}: no {name} in its folders; a run of runs/*.sh leaves FOLDER/SEED/{name} there")
+        results = {file.parent.name: read_json(file) for file in files}
+        arms[folder] = {column: {} for column in columns}
+        for column in columns:
+            for seed, result in results.items():
+                for key in column.split("/"):
+                    if key not in result:
+                        raise InputError(f"{folder}/{seed}/{name}: no {key!r} of {column}; there are {', '.join(result)}")
+                    result = result[key]
+                arms[folder][column][seed] = result
+    return arms
+
+
+def compare(own, reference):
+    """{seed: value} of two arms -> mean of own, mean difference and half its 95% interval over the seeds that both have."""
+    seeds = sorted(own.keys() & reference.keys())
+    return (float(np.mean([own[s] for s in seeds])), *interval([own[s] - reference[s] for s in seeds]))
+
+
+def table(flags):
+    """Compare runs over their seeds: a row is FOLDER, or FOLDER:REFERENCE; without one the first row is what it is compared with."""
+    pairs = [(row.split(":") + [flags.rows[0].split(":")[0]])[:2] for row in flags.rows]
+    arms = read_arms([folder for pair in pairs for folder in pair], flags.columns, flags.file)
+    if flags.within:                                       # columns of one arm are compared, not arms
+        arms = {column: {Path(folder).name: arms[folder][column] for folder, _ in pairs} for column in flags.columns}
+        pairs, columns = [(column, flags.columns[0]) for column in flags.columns], list(arms[flags.columns[0]])
+    else:
+        columns = flags.columns
+
+    def cell(own, reference, column):
+        if own == reference:
+            mean, half = interval(list(arms[own][column].values()))
+            return f"{mean:.3f} ± {half:.3f}"
+        mean, difference, half = compare(arms[own][column], arms[reference][column])
+        text = f"{mean:.3f} ({difference:+.3f} ± {half:.3f})"
+        return f"**{text}**" if abs(difference) > half else text
+
+    def label(key):
+        return key if flags.within else Path(key).name
+    heads = [column if flags.within else column.replace("/", ", ") for column in columns]
+    cells = [[label(own), *(cell(own, reference, column) for column in columns)] for own, reference in pairs]
+    header = ["", *heads]
+    if len(columns) > len(pairs):                          # the longer side goes down the page
+        header, *cells = [list(line) for line in zip(header, *cells)]
+    seeds = len(set.intersection(*(set(values) for arm in arms.values() for values in arm.values())))
+    text = markdown(header, cells) + f"\n\n*{seeds} seeds; mean ± 95% interval, and in brackets the paired difference to "
+    text += ("the first" if len({reference for _, reference in pairs}) == 1 else "its own reference") + " with its interval; bold: zero is outside.*"
+    if flags.figure:
+        forest(heads, {label(own): [compare(arms[own][column], arms[reference][column])[1:] for column in columns]
+                       for own, reference in pairs if own != reference}, flags.figure)
+        text += f"\n\n![paired differences]({flags.figure})"
+    return text
+
+
+def forest(series, rows, path):
+    """Save paired differences as points with 95% intervals around zero. rows: {label: [(difference, half interval) per series]}."""
+    font, colors = ImageFont.load_default(13), ["#3465a4", "#f57900", "#4e9a06", "#75507b"]
+    step, left, width = 16 * len(series) + 8, 210, 520
+    most = max(abs(d) + (h if math.isfinite(h) else 0) for line in rows.values() for d, h in line) or 1
+    page = Image.new("RGB", (left + width + 30, 60 + 18 * len(series) + step * len(rows)), "white")
+    pen = ImageDraw.Draw(page)
+
+    def x(value):
+        return left + width / 2 * (1 + value / most)
+    for k, name in enumerate(series):
+        pen.text((left, 6 + 18 * k), f"difference in {name}", fill=colors[k % 4], font=font)
+    top = 14 + 18 * len(series)
+    pen.line([x(0), top, x(0), top + step * len(rows)], fill="#888888")
+    for r, (label, line) in enumerate(rows.items()):
+        pen.text((8, top + r * step + step / 2 - 9), label, fill="black", font=font)
+        for k, (difference, half) in enumerate(line):
+            y = top + r * step + 12 + 16 * k
+            half = half if math.isfinite(half) else 0
+            pen.line([x(difference - half), y, x(difference + half), y], fill=colors[k % 4], width=2)
+            pen.ellipse([x(difference) - 4, y - 4, x(difference) + 4, y + 4], fill=colors[k % 4])
+    for value in (-most, -most / 2, 0, most / 2, most):
+        pen.text((x(value) - 16, top + step * len(rows) + 6), f"{value:+.2f}", fill="black", font=font)
+    page.save(path)
+
+
+def report(flags):
+    """Make every table of a Markdown file again: what follows a line `<!-- table ARGUMENTS -->`, up to `<!-- end -->`."""
+    path = Path(flags.file)
+    if not path.is_file():
+        raise InputError(f"{path}: there is no such file")
+    parts = re.split(r"(<!-- table .*? -->\n|<!-- end -->)", path.read_text())
+    for k, part in enumerate(parts):
+        if part.startswith("<!-- table"):
+            if parts[k + 2] != "<!-- end -->":
+                raise InputError(f"{path}: no <!-- end --> after {part.strip()}")
+            own = parser().parse_args(shlex.split(part.strip()[5:-4]))
+            parts[k + 1] = "\n" + table(own) + "\n\n"
+    text = "".join(parts)
+    print(f"{path}: {'as it was' if text == path.read_text() else 'its tables have changed'}")
+    path.write_text(text)
 
 
 # ------------------------------------------------------------------------------------------- scores of real edits
@@ -817,20 +991,29 @@ def judged(flags):
           f"{flags.weight:g}; {len(rows) - len(whole)} without both scores)")
 
 
-def main():
+def parser():
+    from sample import two_times
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.error = lambda message: sys.exit(f"metrics.py: {message}")
     commands = p.add_subparsers(required=True)
     add = partial(add_command, commands, p.error)
-    for command in (add(toy), add(grid)):
+    for command in (add(toy), add(grid), add(pauses)):
         command.add_argument("--ckpt", required=True, nargs="+", help="checkpoints of train.py; toy takes one")
         command.add_argument("--steps", type=int, default=20, help="Euler steps")
-        command.add_argument("--out", help="the picture; toy.png beside the checkpoint, or grid.png, if not given")
-    toys = commands.choices["toy"]
-    toys.add_argument("--examples", type=int, default=512, help="of each held-out set")
-    toys.add_argument("--pauses", type=int, default=0, help="pause tokens after each prompt")
-    toys.add_argument("--text-scale", type=float, default=1.0, help="guidance by the prompt; 1 = none")
-    toys.add_argument("--image-scale", type=float, default=1.0, help="guidance by the image; 1 = none")
+        command.add_argument("--out", help="the picture; toy.png beside the checkpoint, or grid.png, if not given; of pauses the JSON file")
+    commands.choices["toy"].add_argument("--pauses", type=int, default=0, help="pause tokens after each prompt")
+    for command, number in ((commands.choices["toy"], 512), (commands.choices["pauses"], 256)):
+        command.add_argument("--examples", type=int, default=number, help="of each held-out set")
+        command.add_argument("--text-scale", type=float, default=1.0, help="guidance by the prompt; 1 = none")
+        command.add_argument("--image-scale", type=float, default=1.0, help="guidance by the image; 1 = none")
+        command.add_argument("--guidance-interval", type=two_times, default=[0.0, 1.0], help="times between which there is guidance")
+    command = add(table)
+    command.add_argument("rows", nargs="+", help="FOLDER with SEED/result.json inside, or FOLDER:REFERENCE")
+    command.add_argument("--columns", nargs="+", default=["iid/all/exact", "novel/all/exact"], help="paths of keys in that file")
+    command.add_argument("--file", default="result.json", help="its name")
+    command.add_argument("--within", action="store_true", help="compare the columns of each arm with the first column")
+    command.add_argument("--figure", help="a PNG file of the differences")
+    add(report).add_argument("file", help="a Markdown file")
     command = add(score)
     command.add_argument("folder", help="made by sample.py --data")
     command.add_argument("--clip", required=True, help="folder with a CLIP of OpenAI, such as clip-vit-base-patch32")
@@ -846,14 +1029,21 @@ def main():
     command.add_argument("file", help="made by tools/mllm.py judge")
     for name, value in (("if-high", 7.0), ("idp-low", 3.0), ("idp-high", 7.0), ("if-low", 3.0), ("weight", 0.5)):
         command.add_argument(f"--{name}", type=float, default=value, help="see madi_average")
+    return p
+
+
+def main():
+    p = parser()
     flags = p.parse_args()
     if min(getattr(flags, "examples", 1), getattr(flags, "steps", 1), getattr(flags, "batch", 1)) < 1 or getattr(flags, "pauses", 0) < 0:
         p.error("--examples, --steps and --batch should be at least 1, --pauses at least 0")
-    if flags.run is toy:
+    if flags.run in (toy, pauses):
         if len(flags.ckpt) > 1:
-            p.error("toy takes one --ckpt")
+            p.error("toy and pauses take one --ckpt")
         flags.ckpt = flags.ckpt[0]
-    flags.run(flags)
+    text = flags.run(flags)
+    if text:
+        print(text)
 
 
 if __name__ == "__main__":

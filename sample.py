@@ -11,6 +11,7 @@ selected. Writes the chosen image, a contact sheet with all candidates, and a JS
 import argparse
 import itertools
 import json
+import math
 import os
 import sys
 import time
@@ -38,20 +39,24 @@ def euler(velocity, x, steps, progress=False):
 
 @torch.no_grad()
 def generate(model, tokenizer, prompts, images, x0, steps=50, text_scale=2.5, image_scale=1.5, negative=None,
-             low_memory=False, bf16=True, progress=False):
+             interval=(0.0, 1.0), low_memory=False, bf16=True, progress=False):
     """Images for a batch of prompts. images: a list of (C, h, w) per prompt; x0 (B, C, h, w) noise -> (B, C, h, w).
 
     Guidance: v = v_u + image_scale (v_img - v_u) + text_scale (v_full - v_img), where v_full sees prompt and images, v_img the
     images, v_u the negative prompt (None: the empty one of training). Written as a weighted sum of the three, a branch of
-    weight 0 is not run. A prompt without images has v_img = v_u, which leaves v_u + text_scale (v_full - v_u).
+    weight 0 is not run. A prompt without images has v_img = v_u, which leaves v_u + text_scale (v_full - v_u). Where t is outside
+    `interval` there is no guidance and only v_full is run.
     """
     device, negative = x0.device, tokenizer.empty if negative is None else negative
     only_images = [make_prompt(tokenizer, "", len(own)) if own else negative for own in images]
     branches = [(text_scale, prompts, images), (image_scale - text_scale, only_images, images),
                 (1 - image_scale, [negative] * len(prompts), [[] for _ in prompts])]
     branches = [branch for branch in branches if branch[0] != 0]
-    # together: all branches are one batch; with low_memory each is a batch of its own
-    groups = [[branch] for branch in branches] if low_memory else [branches]
+    # together: all branches are one batch; with low_memory, or if only the first runs outside the interval, each is a batch of its own
+    whole = tuple(interval) == (0.0, 1.0)
+    groups = [branches] if whole and not low_memory else [[branch] for branch in branches]
+    if not whole and text_scale == 0:
+        raise InputError("a guidance interval needs a text scale above 0: outside it the full prompt is followed")
     P, N = model.cfg.patch, x0.shape[2] * x0.shape[3] // model.cfg.patch**2
 
     with autocast(device, bf16):
@@ -63,7 +68,7 @@ def generate(model, tokenizer, prompts, images, x0, steps=50, text_scale=2.5, im
 
         def velocity(x, t):
             total = 0
-            for weights, cache in caches:
+            for weights, cache in caches if interval[0] <= t <= interval[1] else [([1.0], caches[0][1])]:
                 rows = torch.cat([x] * len(weights))
                 time = torch.full((len(rows),), t, device=device)
                 v = magd.velocity(model.denoise(rows, time, cache), rows, time, model.cfg.prediction)
@@ -86,17 +91,19 @@ def select(scores, threshold):
     return max(range(len(scores)), key=lambda k: scores[k]["faithfulness"]), False
 
 
-def evaluate(model, tokenizer, dataset, indices, steps=20, text_scale=1.0, image_scale=1.0, pauses=0, batch=128, device="cpu",
-             bf16=True, progress=True):
-    """Edit the samples of these indices and let the oracle judge -> a list of dicts: task, complexity, scores, output."""
+def evaluate(model, tokenizer, dataset, indices, steps=20, text_scale=1.0, image_scale=1.0, interval=(0.0, 1.0), pauses=0, seed=0,
+             batch=128, device="cpu", bf16=True, progress=True):
+    """Edit the samples of these indices and let the oracle judge -> a list of dicts: task, complexity, scores, sample, output.
+
+    The noise is a function of the index and of `seed`, so that models, pause counts and guidance are compared on the same noise."""
     size, rows = dataset.world.size, []
     for start in tqdm(range(0, len(indices), batch), desc=dataset.split, disable=not progress, leave=False):
         some = indices[start:start + batch]
         samples = [dataset.sample(index) for index in some]
         prompts = [make_prompt(tokenizer, s.instruction, len(s.images), pauses=pauses) for s in samples]
         images = [[to_tensor(image) for image in s.images] for s in samples]
-        x = generate(model, tokenizer, prompts, images, noise((3, size, size), some, device), steps, text_scale, image_scale,
-                     bf16=bf16)
+        x0 = noise((3, size, size), [index + 2**32 * seed for index in some], device)
+        x = generate(model, tokenizer, prompts, images, x0, steps, text_scale, image_scale, interval=interval, bf16=bf16)
         for sample, output in zip(samples, map(to_array, x)):
             scores = judge(dataset.world, sample.images[0] if sample.images else None, sample.instruction, output)
             rows.append({"task": sample.task, "complexity": sample.complexity, **scores, "sample": sample, "output": output})
@@ -140,6 +147,16 @@ def numbers(text):
     return values
 
 
+def two_times(text):
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        low = high = math.nan
+    if not 0 <= low <= high <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not two times from 0 (noise) to 1 (image), such as 0.1,0.6")
+    return [low, high]
+
+
 def width_and_height(text):
     sides = text.split("x")
     if len(sides) != 2 or not all(side.isdecimal() and int(side) > 0 and int(side) % 16 == 0 for side in sides):
@@ -161,6 +178,7 @@ def parse_flags():
     p.add_argument("--steps", type=int, help="Euler steps (20; OmniGen 50)")
     p.add_argument("--text-scale", type=float, help="guidance by the prompt; 1 = none (1; OmniGen 2.5)")
     p.add_argument("--image-scale", type=float, help="guidance by the image; 1 = none (1; OmniGen 1.5)")
+    p.add_argument("--guidance-interval", type=two_times, default=[0.0, 1.0], help="times between which there is guidance, such as 0.1,0.6")
     p.add_argument("--negative-prompt", help="what guidance leads away from; the empty prompt of training if not given")
     p.add_argument("--size", type=width_and_height, default=(1024, 1024), help="WIDTHxHEIGHT of OmniGen's image when there is no --image")
     p.add_argument("--pause-token", default="<|placeholder1|>", help="OmniGen's: a word of its tokenizer.json")
@@ -211,7 +229,7 @@ def edit(editor, flags, sources, instruction, pauses, seed, device, progress=Tru
         shape = (4, height // 8, width // 8)
     x = generate(model, tokenizer, [make_prompt(tokenizer, instruction, len(images), pauses=pauses)], [images],
                  noise(shape, [seed], device), flags.steps, flags.text_scale, flags.image_scale, flags.negative_prompt,
-                 flags.low_memory, progress=progress)
+                 flags.guidance_interval, flags.low_memory, progress=progress)
     return to_array((vae.decode(x) if vae else x)[0]), shape[1] * shape[2] // model.cfg.patch**2
 
 
@@ -239,7 +257,8 @@ def edit_file(editor, flags, device):
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     out, toy = Path(flags.out), WORLDS.get((editor[3] or {}).get("data"))
-    settings = {key: getattr(flags, key) for key in ("ckpt", "init", "steps", "text_scale", "image_scale", "negative_prompt")}
+    settings = {key: getattr(flags, key) for key in ("ckpt", "init", "steps", "text_scale", "image_scale", "guidance_interval",
+                                                    "negative_prompt")}
     try:
         out.mkdir(parents=True, exist_ok=True)
         results = out / f"results.{rank}.jsonl"

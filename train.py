@@ -4,6 +4,8 @@
     python train.py --preset shapes64                        a larger toy, for a GPU
     python train.py --data pairs.jsonl --size 32             your own image pairs, in pixels
     torchrun --nproc-per-node 4 train.py ...                 the same on several GPUs
+    python train.py --preset small --data hard --init out/small/last.pt --out out/hard
+                                                             go on from a toy checkpoint with other data or another loss
     torchrun --nproc-per-node 8 train.py --preset omnigen --init omnigen:OmniGen-v1 --data pairs.jsonl
                                                              fine-tune OmniGen-v1, the paper's run
 
@@ -35,14 +37,16 @@ from tqdm import tqdm
 import magd
 from data import (BPE, WORLDS, Latents, Pairs, Shapes, Words, cache_header, make_batch, make_prompt, micro_batches, omnigen_folder,
                   sheet, to_array, to_tensor, wrap)
-from metrics import means
+from metrics import SCORES, breakdown
 from model import (Config, InputError, Transformer, autocast, fast_bf16, flops, is_first, load_omnigen, load_vae, own_part,
                    save_omnigen, whole)
-from sample import evaluate, generate, noise, read_checkpoint
+from sample import evaluate, generate, load_checkpoint, noise, read_checkpoint
 
 PRESETS = {                               # the flags that have no default of their own are set in each
     "toy": dict(data="shapes", size=16, patch=4, width=256, layers=3, heads=8, mlp=512, batch=64, steps=1300, lr=6e-3, muon_lr=0.03,
                 t_mean=-0.8),
+    "small": dict(data="simple", size=16, patch=4, width=128, layers=3, heads=4, mlp=256, batch=64, steps=1000, lr=6e-3, muon_lr=0.03,
+                  t_mean=-0.4, eval_steps=10),             # for experiments: many runs of some minutes
     "shapes64": dict(data="shapes64", size=64, patch=4, width=384, layers=8, heads=6, mlp=1024, batch=256, steps=10000, lr=1e-3,
                      muon_lr=0.01, p_plan=0.5, p_masked_source=0.5, ema=0.999, warmup=200, workers=8),
     "omnigen": dict(size=1024, patch=2, batch=128, micro_batch=1, steps=3200, lr=1e-4, muon_lr=0.0, warmup=800, ema=0.0, edit_weight=True,
@@ -68,8 +72,8 @@ def parse_flags():
     p.error = lambda message: sys.exit(f"train.py: {message}")
     switch = argparse.BooleanOptionalAction
     p.add_argument("--preset", choices=PRESETS, default="toy", help="starting values; any flag overrides them")
-    p.add_argument("--data", help="shapes, shapes64, or a JSONL file of image pairs")
-    p.add_argument("--init", help="omnigen:FOLDER, fine-tune the OmniGen-v1 there, on latents")
+    p.add_argument("--data", help=f"{', '.join(WORLDS)}, or a JSONL file of image pairs")
+    p.add_argument("--init", help="weights to start from: a checkpoint of this script, or omnigen:FOLDER, the OmniGen-v1 there, on latents")
     p.add_argument("--latents", help="folder of `data.py latents`; DATA.latents if not given")
     p.add_argument("--out", help="folder of the run; out/PRESET if not given")
     p.add_argument("--resume", action="store_true", help="go on from last.pt in that folder")
@@ -87,6 +91,7 @@ def parse_flags():
     p.add_argument("--p-magd", type=share, default=0.5, help="chance that a sample of high noise is masked; 0 = plain training")
     p.add_argument("--tau", type=share, default=0.7, help="least noise level 1 - t of a masked sample")
     p.add_argument("--r-mask", type=share, default=0.25, help="share of tokens hidden in a masked sample")
+    p.add_argument("--corruption", choices=magd.CORRUPTIONS, default="noise-mask", help="order of the corruptions; the paper's is noise-mask")
     p.add_argument("--mask-token", choices=("learned", "zero"), default="learned")
     p.add_argument("--t-mean", type=float, default=0.0, help="mean of the logit of the training times; below 0: more noise than OmniGen")
     p.add_argument("--edit-weight", action=switch, default=False, help="OmniGen's weight on the changed region of an edit")
@@ -121,9 +126,12 @@ def parse_flags():
     p.set_defaults(**PRESETS.get(preset.parse_known_args()[0].preset, {}))
     flags = p.parse_args()
     flags.out = flags.out or f"out/{flags.preset}"
-    if flags.init or flags.preset == "omnigen":
+    if flags.corruption == "mask-noise" and flags.mask_token != "zero" or flags.corruption == "mask" and flags.prediction != "velocity":
+        p.error("--corruption mask-noise blanks patches, which needs --mask-token zero; mask needs --prediction velocity")
+    omnigen = (flags.init or "").startswith("omnigen:")
+    if flags.preset == "omnigen" or omnigen:
         own = [f"--{name}" for name in ("width", "layers", "heads", "mlp") if getattr(flags, name)]
-        if not flags.init or not flags.data or flags.data in WORLDS or own or flags.preset != "omnigen" or flags.muon_lr:
+        if not omnigen or not flags.data or flags.data in WORLDS or own or flags.preset != "omnigen" or flags.muon_lr:
             p.error("to fine-tune OmniGen-v1: --preset omnigen --init omnigen:FOLDER --data FILE.jsonl; its sizes come from the "
                     "weights" + f", not from {', '.join(own)}" * bool(own) + ", and it is trained by AdamW alone")
         if flags.prediction != "velocity":
@@ -234,6 +242,16 @@ def check_resume(state, flags, cfg, path):
         raise InputError(f"{path}: it holds another model, {state['config']}; this command makes {asdict(cfg)}")
 
 
+def start_from(model, tokenizer, path):
+    """Fill a fresh model with the averaged weights of a checkpoint, which has to hold a model of the same kind."""
+    other, words, _ = load_checkpoint(path)
+    if other.cfg != model.cfg or words.words != tokenizer.words:
+        differ = [f"{key} {value} instead of {getattr(model.cfg, key)}" for key, value in asdict(other.cfg).items()
+                  if value != getattr(model.cfg, key)] or ["other words"]
+        raise InputError(f"--init {path}: it holds another model, with {', '.join(differ)}; give it the flags that it was trained with")
+    model.load_state_dict(other.state_dict())
+
+
 def preview(model, tokenizer, dataset, flags, device, path, vae=None, n=8):
     """A sheet of n edits from fixed noise: held-out ones of the toy world, else the first of the training data.
 
@@ -271,6 +289,7 @@ def main():
     flags = parse_flags()
 
     # ------------------------------------------------------------------ processes and device
+    omnigen = flags.preset == "omnigen"
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
@@ -279,7 +298,7 @@ def main():
     backend, bf16 = "nccl" if device.type == "cuda" else "gloo", flags.bf16 and fast_bf16(device)
     if world > 1:
         dist.init_process_group(backend)
-    elif flags.init:                                       # sharding over one process is how OmniGen trains on one GPU
+    elif omnigen:                                          # sharding over one process is how OmniGen trains on one GPU
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     micro = flags.micro_batch or max(1, flags.batch // world)
     accumulate = flags.batch // (world * micro)
@@ -304,7 +323,7 @@ def main():
     # ------------------------------------------------------------------ data, model
     torch.manual_seed(flags.seed)
     vae = None
-    if flags.init:
+    if omnigen:
         folder = omnigen_folder(flags.init)
         header = cache_header(folder / "vae", flags.size)
         dataset = Latents(flags.data, flags.latents or Path(flags.data).with_suffix(".latents"), header, flags.seed, flags.p_edit)
@@ -318,13 +337,15 @@ def main():
                      patch=flags.patch, grid=flags.size // flags.patch, grid_step=64 / (flags.size // flags.patch),
                      time_scale=1000.0, qk_norm=True, prediction=flags.prediction)
         raw_model = Transformer(cfg).init_weights().to(device)
+        if flags.init and not state:
+            start_from(raw_model, tokenizer, flags.init)
     raw_model.checkpointing = flags.checkpointing
     learned = flags.mask_token == "learned" and flags.p_magd > 0
     raw_mask_tokens = magd.MaskTokens(cfg.width).to(device) if learned else None
     model, mask_tokens = raw_model, raw_mask_tokens
-    if flags.init and learned:
+    if omnigen and learned:
         shard(mask_tokens, device, bf16)
-    elif world > 1 and not flags.init:
+    elif world > 1 and not omnigen:
         model = DistributedDataParallel(raw_model, broadcast_buffers=False)
         mask_tokens = DistributedDataParallel(raw_mask_tokens) if learned else None
 
@@ -366,7 +387,7 @@ def main():
     say(f"{flags.data} at {flags.size} pixels: up to {N} target tokens and {L} of the condition; a vocabulary of {len(tokenizer)}")
     say(f"{count / 1e6:.2f}M parameters, {work / 1e9:.2f} GFLOP a sample")
     say(f"{flags.steps} steps of {flags.batch} samples = {world} x {device.type} x {micro} at once x {accumulate} in turn")
-    if flags.init:
+    if omnigen:
         need = memory(cfg, count, L, N, flags, micro, world)
         has = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
         say(f"memory: about {need / 1e9:.1f} GB on each of {world} x {device.type}" + (f", which has {has / 1e9:.1f} GB" if has else ""))
@@ -399,7 +420,7 @@ def main():
             weight = magd.edit_weight(x1, batch.source.to(device), batch.edit.to(device)) if flags.edit_weight else None
             with autocast(device, flags.bf16):
                 losses, masked = magd.magd_loss(model, x1, condition, draws, flags.p_magd, flags.tau, flags.r_mask, mask_tokens,
-                                                weight, flags.prediction)
+                                                weight, flags.prediction, flags.corruption)
             (losses.mean() / accumulate).backward()
             with torch.no_grad():
                 bins = (4 * draws.t).long().clamp(max=3)                                  # (B,)
@@ -449,14 +470,14 @@ def main():
         if due or values[11]:
             names = [name for name, _ in raw_model.named_parameters()]
             state = whole({"step": done, "seconds": seconds + now - start, "config": asdict(cfg), "flags": vars(flags),
-                           "words": None if flags.init else tokenizer.words, "model": raw_model.state_dict(),
+                           "words": None if omnigen else tokenizer.words, "model": raw_model.state_dict(),
                            "ema": dict(zip(names, average)) if average else {},
                            "mask_tokens": raw_mask_tokens.state_dict() if learned else None,
                            "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
             if main_process:
                 save(last, state)
             del state
-        if done % flags.sample_every == 0 and (main_process or flags.init):               # a sharded model needs all processes
+        if done % flags.sample_every == 0 and (main_process or omnigen):                  # a sharded model needs all processes
             swap(weights, average or ())
             preview(raw_model, tokenizer, dataset, flags, device, out / "samples" / f"step_{done:06d}.png", vae)
             swap(weights, average or ())
@@ -478,17 +499,17 @@ def main():
             rows = evaluate(raw_model, tokenizer, Shapes(flags.data, split, flags.seed), range(rank, flags.eval_examples, world),
                             flags.eval_steps, flags.text_scale, flags.image_scale, device=device, bf16=flags.bf16,
                             progress=main_process)
-            rows = [{key: row[key] for key in ("exact", "adherence", "faithfulness")} for row in rows]
+            rows = [{key: value for key, value in row.items() if key not in ("sample", "output")} for row in rows]
             if world > 1:
                 shares = [None] * world
                 dist.all_gather_object(shares, rows)
                 rows = [row for share in shares for row in share]
-            result[split] = means(rows)
-            say(f"{split:>6} " + "  ".join(f"{key} {value:.3f}" for key, value in result[split].items()) + f"  ({len(rows)} examples)")
+            result[split] = breakdown(rows)
+            say(f"{split:>6} " + "  ".join(f"{key} {result[split]['all'][key]:.3f}" for key in SCORES) + f"  ({len(rows)} examples)")
     picture = out / "samples" / "final.png"
-    if main_process or flags.init:
+    if main_process or omnigen:
         result["l1"], result["l1_identity"] = preview(raw_model, tokenizer, dataset, flags, device, picture, vae)
-    if flags.init:
+    if omnigen:
         save_omnigen(raw_model, out / "export")
         for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vae") if main_process else ():
             copy = shutil.copytree if (folder / name).is_dir() else shutil.copyfile

@@ -90,6 +90,38 @@ def test_hidden_tokens_reach_the_model_as_the_mask_token():
     assert token.equal(tokens.mlp(tokens.pool.weight[index])) and len(index.unique()) == 6
 
 
+def test_masking_before_the_noise_leaves_nothing_but_noise_in_a_hidden_patch():
+    x1, condition, draws = batch()
+    seen = []
+    magd.magd_loss(lambda *inputs: seen.extend(inputs) or x1, x1, condition, draws, 1.0, 0.0, 0.5, corruption="mask-noise")
+    x_t, t, _, masked, _ = seen
+    assert masked is None and t.equal(draws.t)                             # the network is not told
+    hidden, noisy = draws.hide < 0.5, magd.forward_process(x1, draws.x0, draws.t)
+    only_noise = (1 - draws.t)[:, None, None, None] * draws.x0
+    for b in range(6):
+        for n in range(4):
+            where = (b, slice(None), slice(4 * (n // 2), 4 * (n // 2) + 4), slice(4 * (n % 2), 4 * (n % 2) + 4))
+            torch.testing.assert_close(x_t[where], (only_noise if hidden[b, n] else noisy)[where])
+
+
+def test_only_masking_is_the_masked_autoencoder_and_leaves_the_other_samples_alone():
+    x1, condition, draws = batch()
+    masked = magd.token_mask(draws, 0.5, 0.4, 0.5)
+    active = masked.any(dim=1)
+    assert 0 < active.sum() < 6
+    seen = []
+
+    def autoencoder(x_t, t, condition, masked, token):                     # right about every image, and about no velocity
+        seen.extend((x_t, t, masked))
+        return x1
+    loss, _ = magd.magd_loss(autoencoder, x1, condition, draws, 0.5, 0.4, 0.5, corruption="mask")
+    assert (loss[active] == 0).all()                                       # Eq. 1: reconstruct x from M(x)
+    assert loss[~active].equal(draws.x0[~active].square().mean(dim=(1, 2, 3)))
+    assert seen[0][active].equal(x1[active]) and (seen[1][active] == 1).all() and seen[2].equal(masked)
+    plain = magd.forward_process(x1, draws.x0, draws.t)
+    assert seen[0][~active].equal(plain[~active]) and seen[1][~active].equal(draws.t[~active])
+
+
 def test_masking_gives_the_mask_tokens_a_gradient():
     model, (x1, condition, draws), tokens = tiny_model(), batch(), magd.MaskTokens(32)
     loss, _ = magd.magd_loss(model, x1, condition, draws, 1.0, 0.0, 0.5, tokens)

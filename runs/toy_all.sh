@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Every experiment of RESULTS.md, five seeds each, then its tables and figures. Hours on two CPU cores; run it again to go on.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+for part in table2 table6 corruptions pauses predictions size; do
+    bash "runs/$part.sh" "$@"
+done
+"${PYTHON:-python}" metrics.py report RESULTS.md

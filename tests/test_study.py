@@ -1,0 +1,140 @@
+"""Comparisons of runs: what the arms of an experiment share, and the tables made of their results."""
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ROOT, SMALL, call
+
+import metrics
+import train
+from data import Shapes, Words
+from metrics import compare, interval
+from model import Config, InputError
+
+FLAGS = ["--data", "simple", *SMALL, "--steps", "1", "--warmup", "0", "--lr", "1e-30", "--muon-lr", "0", "--ema", "0"]
+
+
+@pytest.fixture
+def parsed(monkeypatch):
+    def parse(*flags):
+        monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+        return train.parse_flags()
+    return parse
+
+
+def test_arms_share_data_order_noise_and_times(parsed):
+    dataset = Shapes("hard")
+    tokenizer, cfg = Words(dataset.words), Config(patch=4, channels=3)
+    arms = [(), ("--p-magd", "0"), ("--p-plan", "0.5"), ("--tau", "0", "--r-mask", "0.5"), ("--corruption", "mask"),
+            ("--corruption", "mask-noise", "--mask-token", "zero"), ("--prediction", "x")]
+    batches = [train.MicroBatches(parsed("--preset", "small", *arm), dataset, tokenizer, cfg)[tuple(range(16))] for arm in arms]
+    for (batch, draws, _), arm in zip(batches[1:], arms[1:]):
+        assert batch.x1.equal(batches[0][0].x1) and all(a.equal(b) for a, b in zip(draws, batches[0][1]))
+        assert len(batch.condition.images) == len(batches[0][0].condition.images)
+        if "--p-plan" not in arm:
+            assert batch.condition.ids.equal(batches[0][0].condition.ids)
+    assert batches[2][0].condition.ids.shape[1] > batches[0][0].condition.ids.shape[1]     # the plans are there
+
+
+def test_arms_start_from_the_same_weights(tmp_path):
+    """With a learning rate of almost nothing, a step leaves the initial weights: from scratch, and from another run."""
+    def weights(name, *flags):
+        call(train, *FLAGS, *flags, "--out", tmp_path / name)
+        return torch.load(tmp_path / name / "last.pt", weights_only=True)["model"]
+    fresh, masked = weights("fresh", "--p-magd", "0"), weights("masked", "--p-magd", "0.5")
+    assert all(fresh[key].equal(masked[key]) for key in fresh)
+    other = weights("other", "--seed", "1")
+    assert not other["x_embedder.proj.weight"].equal(fresh["x_embedder.proj.weight"])
+    tuned = weights("tuned", "--data", "hard", "--init", str(tmp_path / "other" / "last.pt"))
+    assert all(tuned[key].equal(other[key]) for key in other)
+
+
+def test_other_weights_to_start_from_are_refused(tmp_path):
+    call(train, *FLAGS, "--out", tmp_path / "one")
+    for flags, message in ((["--heads", "4"], "heads 2 instead of 4"), (["--prediction", "x"], "prediction velocity instead of x")):
+        with pytest.raises(InputError, match=message):
+            call(train, *FLAGS, *flags, "--init", tmp_path / "one" / "last.pt", "--out", tmp_path / "two")
+    with pytest.raises(InputError, match="no such checkpoint"):
+        call(train, *FLAGS, "--init", tmp_path / "none.pt", "--out", tmp_path / "three")
+
+
+@pytest.mark.parametrize("flags, message", [(["--corruption", "mask-noise"], "needs --mask-token zero"),
+                                            (["--corruption", "mask", "--prediction", "noise"], "needs --prediction velocity")])
+def test_corruptions_that_make_no_sense_are_refused(flags, message, parsed):
+    with pytest.raises(SystemExit, match=message):
+        parsed(*flags)
+
+
+@pytest.fixture
+def arms(tmp_path):
+    values = {"plain": {0: 0.50, 1: 0.70, 2: 0.60}, "magd": {0: 0.54, 1: 0.75, 2: 0.66}, "late": {0: 0.50, 1: 0.60}}
+    for arm, seeds in values.items():
+        for seed, value in seeds.items():
+            (tmp_path / arm / str(seed)).mkdir(parents=True)
+            scores = {"exact": value, "adherence": 2 * value}
+            (tmp_path / arm / str(seed) / "result.json").write_text(json.dumps({"iid": {"all": scores}, "novel": {"all": scores}}))
+    return tmp_path
+
+
+def test_intervals_are_of_paired_differences():
+    mean, difference, half = compare({0: 0.54, 1: 0.75, 2: 0.66}, {2: 0.60, 1: 0.70, 0: 0.50})
+    assert (mean, difference) == pytest.approx((0.65, 0.05))
+    assert half == pytest.approx(4.303 * 0.01 / math.sqrt(3))              # deviation 0.01, two degrees of freedom
+    assert compare({0: 1.0, 1: 3.0, 9: 50.0}, {0: 0.0, 1: 1.0})[:2] == (2.0, 1.5)          # of the seeds that both have
+    assert math.isnan(interval([1.0])[1])
+
+
+def test_table(arms, monkeypatch, capsys):
+    monkeypatch.chdir(arms)
+    call(metrics, "table", "plain", "magd", "late", "--columns", "iid/all/exact", "--figure", "figure.png")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2:5] == ["| plain | 0.600 ± 0.248 |", "| magd | **0.650 (+0.050 ± 0.025)** |", "| late | 0.550 (-0.050 ± 0.635) |"]
+    assert "2 seeds" in lines[6] and Path("figure.png").exists()
+    call(metrics, "table", "plain", "magd:late", "--columns", "iid/all/exact", "iid/all/adherence", "novel/all/exact")
+    lines = capsys.readouterr().out.splitlines()                           # more columns than rows: turned
+    assert lines[0] == "|  | plain | magd |"
+    assert lines[2] == "| iid, all, exact | 0.600 ± 0.248 | 0.645 (+0.095 ± 0.699) |"
+    call(metrics, "table", "plain", "magd", "--within", "--columns", "iid/all/exact", "iid/all/adherence")
+    assert "| iid/all/adherence | **1.200 (+0.600 ± 0.248)** | **1.300 (+0.650 ± 0.261)** |" in capsys.readouterr().out
+    with pytest.raises(InputError, match="plain/0/result.json: no 'local' of iid/local/exact; there are all"):
+        call(metrics, "table", "plain", "--columns", "iid/local/exact")
+    with pytest.raises(InputError, match="nothing: no result.json"):
+        call(metrics, "table", "nothing")
+
+
+def test_report_makes_the_tables_of_a_file_again(arms, monkeypatch):
+    monkeypatch.chdir(arms)
+    text = "words\n\n<!-- table plain magd --columns iid/all/exact -->\n\n0.999 typed by hand\n\n<!-- end -->\nmore\n"
+    Path("results.md").write_text(text)
+    call(metrics, "report", "results.md")
+    once = Path("results.md").read_text()
+    assert "0.650 (+0.050" in once and "by hand" not in once and once.startswith("words\n") and once.endswith("-->\nmore\n")
+    call(metrics, "report", "results.md")
+    assert Path("results.md").read_text() == once
+
+
+def test_the_tables_of_the_repository_are_those_of_its_results(tmp_path, monkeypatch):
+    shutil.copytree(ROOT / "results", tmp_path / "results")
+    shutil.copy(ROOT / "RESULTS.md", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    call(metrics, "report", "RESULTS.md")
+    assert Path("RESULTS.md").read_text() == (ROOT / "RESULTS.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_experiments_run_and_what_is_finished_is_not_repeated(tmp_path):
+    for path in [*ROOT.glob("*.py"), ROOT / "RESULTS.md"]:
+        shutil.copy(path, tmp_path)
+    shutil.copytree(ROOT / "runs", tmp_path / "runs")
+    shutil.copytree(ROOT / "results", tmp_path / "results")
+    command = ["bash", "runs/toy_all.sh", "--steps", "2", "--eval-examples", "4"]
+    for _ in range(2):
+        done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "SEEDS": "0", "PYTHON": sys.executable}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert "out/study" not in done.stdout                                  # the second time there was nothing to do
