@@ -96,7 +96,8 @@ def corrupt(x1, draws, masked, corruption):
 
     noise-mask: noise, then the network sees a mask token in the place of a noisy one (Eq. 4). mask-noise, as in the caption of
     Figure 1: a hidden patch of the image is blanked before the noise is added. mask: a masked sample gets no noise at all, so that
-    its loss is the masked autoencoder's (Eq. 1): with x0 = 0 and t = 1 the velocity x1 - x0 is the image.
+    its loss is the masked autoencoder's (Eq. 1): with x0 = 0 and t = 1 the velocity x1 - x0 is the image. (That agrees with the other
+    samples: at t = 1 nothing is left to see of x0, whose mean is 0.)
     """
     x0, t, seen = draws.x0, draws.t, x1
     if corruption == "mask":
@@ -118,11 +119,12 @@ def magd_loss(model, x1, condition, draws, p_magd=0.0, tau=0.7, r_mask=0.25, mas
     mask_tokens None: the mask token is zero. p_magd = 0 is the plain loss, bit for bit. weight: see edit_weight.
     """
     x0, t, masked, replace, mask_token = draws.x0, draws.t, None, None, None
-    x_t = forward_process(x1, x0, t)
     if p_magd > 0:
         masked = token_mask(draws, p_magd, tau, r_mask)                                   # (B, N)
         x_t, x0, t, replace = corrupt(x1, draws, masked, corruption)
         mask_token = x1.new_zeros(len(x1), 1) if mask_tokens is None else mask_tokens(draws.pick)
+    else:
+        x_t = forward_process(x1, x0, t)
     output = model(x_t, t, condition, replace, mask_token)                                # (B, C, h, w)
     if prediction == "noise":
         error = output - x0

@@ -478,14 +478,20 @@ def bars(title, groups, path):
     page.save(path)
 
 
+def toy_model(path, device="cpu"):
+    """load_checkpoint of sample.py, for a model of a toy world."""
+    from sample import load_checkpoint                        # here, since sample.py imports this file for its oracle
+    model, tokenizer, trained = load_checkpoint(path, device)
+    if trained["data"] not in WORLDS:
+        raise InputError(f"{path} was trained on {trained['data']}: the oracle only knows {', '.join(WORLDS)}")
+    return model, tokenizer, trained
+
+
 def toy(flags):
     """Table by task and complexity of a toy model on both held-out sets, between the two ends of the scale."""
-    from sample import evaluate, load_checkpoint              # sample.py imports this file for its oracle
-    start = time.perf_counter()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tokenizer, trained = load_checkpoint(flags.ckpt, device)
-    if trained["data"] not in WORLDS:
-        raise InputError(f"{flags.ckpt} was trained on {trained['data']}: the oracle only knows {', '.join(WORLDS)}")
+    from sample import evaluate
+    start, device = time.perf_counter(), "cuda" if torch.cuda.is_available() else "cpu"
+    model, tokenizer, trained = toy_model(flags.ckpt, device)
     groups = {}
     for split in ("iid", "novel"):
         dataset = Shapes(trained["data"], split, trained["seed"])
@@ -512,11 +518,15 @@ def some_edits(dataset, n):
 
 def grid(flags):
     """A picture of the same held-out edits by several toy models: source and instruction, one row a model, target."""
-    from sample import evaluate, load_checkpoint
-    rows = []
+    from sample import evaluate
+    rows, first = [], None
     for path in flags.ckpt:
-        model, tokenizer, trained = load_checkpoint(path)
+        model, tokenizer, trained = toy_model(path)
         dataset = Shapes(trained["data"], "iid", trained["seed"])
+        first = first or (trained["data"], trained["seed"])
+        if (trained["data"], trained["seed"]) != first:
+            raise InputError(f"{path} was trained on {trained['data']} with seed {trained['seed']}, the first model on {first[0]} with seed "
+                             f"{first[1]}: their held-out edits differ")
         edits = evaluate(model, tokenizer, dataset, some_edits(dataset, 8), flags.steps)
         if not rows:
             rows.append([(e["sample"].images[0], wrap(e["sample"].instruction, 18), False) for e in edits])
@@ -530,23 +540,25 @@ def grid(flags):
 # ------------------------------------------------------------------------------------------- experiments
 
 def pauses(flags):
-    """Edits of a toy model with 0, 8, 16, 32 pause tokens, with as many commas in their place, and with four seeds each."""
-    from sample import evaluate, load_checkpoint, select
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tokenizer, trained = load_checkpoint(flags.ckpt, device)
-    comma = copy(tokenizer)
-    comma.pause = ","
+    """Edits of a toy model with 0, 8, 16, 32 pause tokens, with as many words "the" in their place, and with four seeds each."""
+    from sample import evaluate, select
+    out, device = Path(flags.out), "cuda" if torch.cuda.is_available() else "cpu"
+    if not out.parent.is_dir():
+        raise InputError(f"--out {out}: there is no folder {out.parent}")
+    model, tokenizer, trained = toy_model(flags.ckpt, device)
+    filler = copy(tokenizer)
+    filler.pause = "the "
     dataset = Shapes(trained["data"], "iid", trained["seed"])
     indices = some_edits(dataset, flags.examples)
     counts, seeds = (0, 8, 16, 32), range(4)
-    rows = {(filler, count, seed): evaluate(model, words, dataset, indices, flags.steps, flags.text_scale, flags.image_scale,
+    rows = {(kind, count, seed): evaluate(model, words, dataset, indices, flags.steps, flags.text_scale, flags.image_scale,
                                             flags.guidance_interval, count, seed, device=device, progress=False)
-            for seed in tqdm(seeds, desc="seeds") for filler, words in (("pauses", tokenizer), ("commas", comma))
-            for count in counts if filler == "pauses" or count}
+            for seed in tqdm(seeds, desc="seeds") for kind, words in (("pauses", tokenizer), ("fillers", filler))
+            for count in counts if kind == "pauses" or count}
 
     def best(candidates):                                  # of each example, as sample.py chooses
         return [own[select(own, LIMITS["faithfulness"])[0]] for own in zip(*candidates)]
-    sets = {f"{count} {filler}": sum((rows[filler, count, seed] for seed in seeds), []) for filler, count, seed in rows if seed == 0}
+    sets = {f"{count} {kind}": sum((rows[kind, count, seed] for seed in seeds), []) for kind, count, seed in rows if seed == 0}
     sets["best of 4 counts"] = sum((best([rows["pauses", count, seed] for count in counts]) for seed in seeds), [])
     for count in counts:
         sets[f"best of 4 seeds, {count} pauses"] = best([rows["pauses", count, seed] for seed in seeds])
@@ -557,19 +569,19 @@ def pauses(flags):
     result["table 3"] = {name: protocol(*scores([rows["pauses", *c] for c in chosen]), LIMITS["faithfulness"], LIMITS["adherence"])
                          for name, chosen in {"0 pauses": [(0, 0)], "4 counts": [(count, 0) for count in counts],
                                               "4 seeds": [(0, seed) for seed in seeds]}.items()}
-    result["grid"] = {str(count): {str(seed): breakdown(rows["pauses", count, seed])["all"] for seed in seeds} for count in counts}
-    Path(flags.out).write_text(json.dumps({**result, "ckpt": flags.ckpt, "examples": len(indices), "steps": flags.steps}))
+    out.write_text(json.dumps({**result, "ckpt": flags.ckpt, "examples": len(indices), "steps": flags.steps}))
     # the picture is of the example whose candidates differ most: about half of them exact
     shown = min(range(len(indices)), key=lambda k: abs(8 - sum(rows["pauses", c, s][k]["exact"] for c in counts for s in seeds)))
     sample = rows["pauses", 0, 0][shown]["sample"]
     cells = [[(sample.images[0], "source", False)] + [None] * 2 + [(sample.target, "target", False)]]
     cells += [[(row["output"], f"{count} pauses, seed {seed}", row["exact"]) for seed in seeds for row in [rows["pauses", count, seed][shown]]]
               for count in counts]
-    sheet(cells, Path(flags.out).with_suffix(".png"), 6, title=f"{sample.instruction}; framed: exact")
-    print(f"wrote {flags.out} and {Path(flags.out).with_suffix('.png')}")
+    sheet(cells, out.with_suffix(".png"), 6, title=f"{sample.instruction}; framed: exact")
+    print(f"wrote {out} and {out.with_suffix('.png')}")
 
 
-T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)      # Student's t, 97.5%, for 1 to 9 degrees of freedom
+# Student's t, 97.5%, for 1 to 9 degrees of freedom; for more the last one serves, a little too wide
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 def interval(values):
@@ -593,9 +605,11 @@ def read_arms(folders, columns, name):
         for column in columns:
             for seed, result in results.items():
                 for key in column.split("/"):
-                    if key not in result:
+                    if not isinstance(result, dict) or key not in result:
                         raise InputError(f"{folder}/{seed}/{name}: no {key!r} of {column}; there are {', '.join(result)}")
                     result = result[key]
+                if not isinstance(result, (int, float)):
+                    raise InputError(f"{folder}/{seed}/{name}: {column} is not a number")
                 arms[folder][column][seed] = result
     return arms
 
@@ -611,7 +625,7 @@ def table(flags):
     pairs = [(row.split(":") + [flags.rows[0].split(":")[0]])[:2] for row in flags.rows]
     arms = read_arms([folder for pair in pairs for folder in pair], flags.columns, flags.file)
     if flags.within:                                       # columns of one arm are compared, not arms
-        arms = {column: {Path(folder).name: arms[folder][column] for folder, _ in pairs} for column in flags.columns}
+        arms = {column: {folder: arms[folder][column] for folder, _ in pairs} for column in flags.columns}
         pairs, columns = [(column, flags.columns[0]) for column in flags.columns], list(arms[flags.columns[0]])
     else:
         columns = flags.columns
@@ -626,7 +640,7 @@ def table(flags):
 
     def label(key):
         return key if flags.within else Path(key).name
-    heads = [column if flags.within else column.replace("/", ", ") for column in columns]
+    heads = [Path(column).name if flags.within else column.replace("/", ", ") for column in columns]
     cells = [[label(own), *(cell(own, reference, column) for column in columns)] for own, reference in pairs]
     header = ["", *heads]
     if len(columns) > len(pairs):                          # the longer side goes down the page
@@ -634,7 +648,7 @@ def table(flags):
     seeds = len(set.intersection(*(set(values) for arm in arms.values() for values in arm.values())))
     text = markdown(header, cells) + f"\n\n*{seeds} seeds; mean ± 95% interval, and in brackets the paired difference to "
     text += ("the first" if len({reference for _, reference in pairs}) == 1 else "its own reference") + " with its interval; bold: zero is outside.*"
-    if flags.figure:
+    if flags.figure and any(own != reference for own, reference in pairs):
         forest(heads, {label(own): [compare(arms[own][column], arms[reference][column])[1:] for column in columns]
                        for own, reference in pairs if own != reference}, flags.figure)
         text += f"\n\n![paired differences]({flags.figure})"
@@ -675,7 +689,7 @@ def report(flags):
     parts = re.split(r"(<!-- table .*? -->\n|<!-- end -->)", path.read_text())
     for k, part in enumerate(parts):
         if part.startswith("<!-- table"):
-            if parts[k + 2] != "<!-- end -->":
+            if parts[k + 2:k + 3] != ["<!-- end -->"]:
                 raise InputError(f"{path}: no <!-- end --> after {part.strip()}")
             own = parser().parse_args(shlex.split(part.strip()[5:-4]))
             parts[k + 1] = "\n" + table(own) + "\n\n"
@@ -997,10 +1011,11 @@ def parser():
     p.error = lambda message: sys.exit(f"metrics.py: {message}")
     commands = p.add_subparsers(required=True)
     add = partial(add_command, commands, p.error)
-    for command in (add(toy), add(grid), add(pauses)):
-        command.add_argument("--ckpt", required=True, nargs="+", help="checkpoints of train.py; toy takes one")
+    for command, many, out in ((add(toy), None, "the picture; toy.png beside the checkpoint if not given"),
+                               (add(grid), "+", "the picture; grid.png if not given"), (add(pauses), None, "a JSON file; a picture goes beside it")):
+        command.add_argument("--ckpt", required=True, nargs=many, help="checkpoint of train.py")
         command.add_argument("--steps", type=int, default=20, help="Euler steps")
-        command.add_argument("--out", help="the picture; toy.png beside the checkpoint, or grid.png, if not given; of pauses the JSON file")
+        command.add_argument("--out", required=out.startswith("a JSON"), help=out)
     commands.choices["toy"].add_argument("--pauses", type=int, default=0, help="pause tokens after each prompt")
     for command, number in ((commands.choices["toy"], 512), (commands.choices["pauses"], 256)):
         command.add_argument("--examples", type=int, default=number, help="of each held-out set")
@@ -1037,10 +1052,6 @@ def main():
     flags = p.parse_args()
     if min(getattr(flags, "examples", 1), getattr(flags, "steps", 1), getattr(flags, "batch", 1)) < 1 or getattr(flags, "pauses", 0) < 0:
         p.error("--examples, --steps and --batch should be at least 1, --pauses at least 0")
-    if flags.run in (toy, pauses):
-        if len(flags.ckpt) > 1:
-            p.error("toy and pauses take one --ckpt")
-        flags.ckpt = flags.ckpt[0]
     text = flags.run(flags)
     if text:
         print(text)

@@ -102,7 +102,7 @@ def evaluate(model, tokenizer, dataset, indices, steps=20, text_scale=1.0, image
         samples = [dataset.sample(index) for index in some]
         prompts = [make_prompt(tokenizer, s.instruction, len(s.images), pauses=pauses) for s in samples]
         images = [[to_tensor(image) for image in s.images] for s in samples]
-        x0 = noise((3, size, size), [index + 2**32 * seed for index in some], device)
+        x0 = noise((3, size, size), [index + 10**6 * seed for index in some], device)
         x = generate(model, tokenizer, prompts, images, x0, steps, text_scale, image_scale, interval=interval, bf16=bf16)
         for sample, output in zip(samples, map(to_array, x)):
             scores = judge(dataset.world, sample.images[0] if sample.images else None, sample.instruction, output)
@@ -178,7 +178,8 @@ def parse_flags():
     p.add_argument("--steps", type=int, help="Euler steps (20; OmniGen 50)")
     p.add_argument("--text-scale", type=float, help="guidance by the prompt; 1 = none (1; OmniGen 2.5)")
     p.add_argument("--image-scale", type=float, help="guidance by the image; 1 = none (1; OmniGen 1.5)")
-    p.add_argument("--guidance-interval", type=two_times, default=[0.0, 1.0], help="times between which there is guidance, such as 0.1,0.6")
+    p.add_argument("--guidance-interval", type=two_times, default=[0.0, 1.0], help="times between which there is guidance, such as 0.1,0.6; elsewhere "
+                   "one branch runs instead of three")
     p.add_argument("--negative-prompt", help="what guidance leads away from; the empty prompt of training if not given")
     p.add_argument("--size", type=width_and_height, default=(1024, 1024), help="WIDTHxHEIGHT of OmniGen's image when there is no --image")
     p.add_argument("--pause-token", default="<|placeholder1|>", help="OmniGen's: a word of its tokenizer.json")

@@ -98,8 +98,8 @@ def parse_flags():
     p.add_argument("--p-drop", type=share, default=0.1, help="chance that a prompt is emptied")
     p.add_argument("--p-plan", type=share, default=0.0, help="chance that a prompt carries its expressive plan")
     p.add_argument("--p-masked-source", type=share, default=0.0, help="chance of the masked source as one more image")
-    p.add_argument("--p-edit", type=share, default=0.5, help="share of edits with --init; the rest is text-to-image")
-    p.add_argument("--pause-token", default="<|placeholder1|>", help="with --init: a word of its tokenizer.json")
+    p.add_argument("--p-edit", type=share, default=0.5, help="share of edits with --preset omnigen; the rest is text-to-image")
+    p.add_argument("--pause-token", default="<|placeholder1|>", help="with --preset omnigen: a word of its tokenizer.json")
     # optimisation
     p.add_argument("--steps", type=count)
     p.add_argument("--batch", type=count, help="samples a step, over all processes")
@@ -117,6 +117,7 @@ def parse_flags():
     p.add_argument("--image-scale", type=zero_or_more, default=1.0)
     # system
     p.add_argument("--bf16", action=switch, default=True, help="bf16 matrix products where the device is fast at them")
+    p.add_argument("--compile", action=switch, default=False, help="torch.compile the blocks: some minutes at the start")
     p.add_argument("--workers", type=none_or_more, default=0, help="processes that make batches ahead")
     p.add_argument("--log-every", type=count, default=20)
     p.add_argument("--save-every", type=count, default=200)
@@ -229,7 +230,7 @@ def save(path, state):
 
 
 MAY_CHANGE = {"out", "resume", "preset", "eval_examples", "eval_steps", "text_scale", "image_scale", "workers", "log_every",
-              "save_every", "sample_every", "checkpointing", "init", "latents"}
+              "save_every", "sample_every", "checkpointing", "compile", "init", "latents"}
 
 
 def check_resume(state, flags, cfg, path):
@@ -247,8 +248,8 @@ def start_from(model, tokenizer, path):
     other, words, _ = load_checkpoint(path)
     if other.cfg != model.cfg or words.words != tokenizer.words:
         differ = [f"{key} {value} instead of {getattr(model.cfg, key)}" for key, value in asdict(other.cfg).items()
-                  if value != getattr(model.cfg, key)] or ["other words"]
-        raise InputError(f"--init {path}: it holds another model, with {', '.join(differ)}; give it the flags that it was trained with")
+                  if value != getattr(model.cfg, key)] or ["a vocabulary of other words"]
+        raise InputError(f"--init {path}: it holds another model, with {', '.join(differ)}; the sizes and the words have to be the same")
     model.load_state_dict(other.state_dict())
 
 
@@ -340,6 +341,8 @@ def main():
         if flags.init and not state:
             start_from(raw_model, tokenizer, flags.init)
     raw_model.checkpointing = flags.checkpointing
+    if flags.compile:
+        raw_model.compile_blocks()
     learned = flags.mask_token == "learned" and flags.p_magd > 0
     raw_mask_tokens = magd.MaskTokens(cfg.width).to(device) if learned else None
     model, mask_tokens = raw_model, raw_mask_tokens
@@ -450,15 +453,15 @@ def main():
             dist.all_reduce(stats)
         values = stats.tolist()
         stats.zero_()
-        count = sum(values[4:8])
-        loss = sum(values[:4]) / count
+        samples = sum(values[4:8])
+        loss = sum(values[:4]) / samples
         if not math.isfinite(loss) or not math.isfinite(values[10]):
             raise InputError(f"the loss is not finite near step {done}. {last if last.exists() else 'No checkpoint'} is from before; "
                              f"try a lower --lr and --muon-lr, or --no-bf16.")
         now = time.perf_counter()
         line = {"step": done, "loss": loss, "loss_by_t": [a / b if b else None for a, b in zip(values[:4], values[4:8])],
-                "masked_samples": values[8] / count, "masked_tokens": values[9] / count,
-                "grad_norm": values[10] / (count / flags.batch * world), "lr": flags.lr * rate, "images_per_s": count / (now - tick),
+                "masked_samples": values[8] / samples, "masked_tokens": values[9] / samples,
+                "grad_norm": values[10] / (samples / flags.batch * world), "lr": flags.lr * rate, "images_per_s": samples / (now - tick),
                 "tflops": values[12] / (now - tick)}
         if peak:
             line["mfu"] = line["tflops"] / (peak * world)              # without what checkpointing computes twice

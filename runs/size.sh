@@ -10,8 +10,8 @@ END
 for size in "64 2 128" "192 6 384"; do
     read -r width heads mlp <<< "$size"
     sizes="--width $width --heads $heads --mlp $mlp"
-    arms "$sizes" <<< "base-width-$width --data simple --steps 2000 --p-magd 0"
-    arms "$sizes" --data hard --steps 400 --lr 3e-3 --muon-lr 0.015 --init "out/study/base-width-$width/@/last.pt" <<END
+    arms $sizes <<< "base-width-$width --data simple --steps 2000 --p-magd 0"
+    base=base-width-$width finetunes $sizes <<END
 plain-width-$width --p-magd 0
 magd-width-$width --p-magd 0.5
 END

@@ -5,4 +5,4 @@ cd "$(dirname "$0")/.."
 for part in table2 table6 corruptions pauses predictions size; do
     bash "runs/$part.sh" "$@"
 done
-"${PYTHON:-python}" metrics.py report RESULTS.md
+[ $# -gt 0 ] || "${PYTHON:-python}" metrics.py report RESULTS.md

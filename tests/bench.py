@@ -1,12 +1,15 @@
-"""How fast is the transformer? Times, FLOP/s, peak memory; beside diffusers' OmniGen transformer where that is installed.
+"""How fast is the transformer, and how does its cost grow? As a table and, with --json FILE, as JSON.
 
-    python tests/bench.py                                one CPU thread: hidden 384, 6 layers, 64 text + 512 reference + 512 target tokens
-    python tests/bench.py --full                         on a GPU: OmniGen-v1's sizes, bf16, 1024 x 1024 pixels, random weights
+    python tests/bench.py                    on a CPU: the toy preset's size and a 384 wide one; on a GPU also OmniGen-v1's
+    python tests/bench.py growth             the cost of an edit and of training at OmniGen-v1's size, predicted; checked at 384 wide
 
-FLOPs are exact: only pairs of tokens that the attention rule allows count. diffusers recomputes everything at every step, over a
-padded batch of the three branches of guidance with a dense mask; this code encodes the condition once and then runs the target only.
+FLOPs are exact: only pairs of tokens that the attention rule allows count. They are set against a matrix product of the model's own
+sizes, (tokens, width) x (width, 2 mlp), timed in the same run. Where diffusers is installed its OmniGen transformer is timed beside
+ours: it recomputes everything at every step, over a padded batch of the three branches of guidance with a dense mask; this code encodes the
+condition once and then runs the target only.
 """
 import argparse
+import json
 import statistics
 import sys
 import time
@@ -16,20 +19,44 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import magd  # noqa: E402
-from model import PADDING, TEXT, VAE, Condition, Config, Transformer, autocast, flops  # noqa: E402
+from metrics import markdown  # noqa: E402
+from model import PADDING, TEXT, VAE, Condition, Config, Transformer, attention_rule, autocast, fast_bf16, flops  # noqa: E402
 from sample import euler  # noqa: E402
 
+# name: configuration, target and reference (h, w) in latent pixels, text tokens, training batch
+SIZES = {"toy": (Config(vocab=80, width=256, layers=3, heads=8, mlp=512, channels=3, patch=4, grid=4, qk_norm=True), (16, 16), 8, 64),
+         "384 wide": (Config(vocab=1000, width=384, layers=6, heads=6, mlp=1024), (32, 64), 64, 1),
+         "OmniGen-v1": (Config(), (128, 128), 64, 1)}
 
-def condition_of(cfg, texts, image, device):
-    """Rows of texts[k] text tokens, one reference image (h, w) or None in the middle of each."""
-    rows, images = [], []
-    for text, size in zip(texts, image):
-        row = [TEXT] * (text // 2) + [1] * (size[0] * size[1] // cfg.patch**2 if size else 0) + [TEXT] * (text - text // 2)
-        rows.append(row)
-        images += [torch.randn(cfg.channels, *size)] if size else []
+
+def condition_of(cfg, texts, images, device):
+    """Rows of texts[k] text tokens with images[k], a list of (h, w), in the middle of each -> Condition."""
+    rows, latents = [], []
+    for text, sizes in zip(texts, images):
+        row = [TEXT] * (text // 2)
+        for number, (h, w) in enumerate(sizes, 1):
+            row += [number] * (h * w // cfg.patch**2)
+            latents.append(torch.randn(cfg.channels, h, w))
+        rows.append(row + [TEXT] * (text - text // 2))
     L = max(map(len, rows))
     kind = torch.tensor([[PADDING] * (L - len(row)) + row for row in rows])
-    return Condition(torch.randint(3, cfg.vocab, kind.shape), kind, images).to(device)
+    return Condition(torch.randint(3, cfg.vocab, kind.shape), kind, latents).to(device)
+
+
+def branches(cfg, text, size, references=1, pauses=0, device="cpu"):
+    """The three branches of guidance of one edit: prompt and images, images alone, nothing."""
+    return condition_of(cfg, [text + pauses, text // 4, text // 4], [[size] * references] * 2 + [[]], device)
+
+
+def edit_flops(cfg, condition, N):
+    """-> FLOPs of encoding a condition, and of one step of the sampler over it."""
+    encode = step = 0
+    for kind in condition.kind:
+        L = int((kind != PADDING).sum())
+        whole, alone = flops(cfg, kind, N), flops(cfg, kind, 0)
+        time_token = cfg.layers * (8 * cfg.width**2 + 6 * cfg.width * cfg.mlp + 4 * cfg.width * (L + 1))
+        encode, step = encode + alone - time_token, step + whole - alone + time_token
+    return encode, step
 
 
 def seconds(function, device, repeats):
@@ -45,18 +72,11 @@ def seconds(function, device, repeats):
     return statistics.median(times[1:])
 
 
-def report(name, took, work=None, peak=None):
-    rate = f"   {work / took / 1e12:8.3f} TFLOP/s" if work else ""
-    mfu = f"   {work / took / peak:.1%} of the peak" if work and peak else ""
-    print(f"{name:<58}{took * 1000:10.1f} ms{rate}{mfu}", flush=True)
-
-
 def theirs(cfg, device, dtype):
     """diffusers' transformer at the same sizes, or None."""
     try:
         from diffusers import OmniGenTransformer2DModel
     except ImportError:
-        print("diffusers is not installed here: only our own times")
         return None
     with torch.device(device):
         return OmniGenTransformer2DModel(
@@ -65,9 +85,8 @@ def theirs(cfg, device, dtype):
             pos_embed_max_size=cfg.grid, rope_scaling={"short_factor": cfg.short_factor, "long_factor": cfg.long_factor}).to(dtype)
 
 
-def padded_inputs(cfg, condition, target):
+def padded_inputs(cfg, condition, target, dtype):
     """The condition as diffusers' transformer takes it: one padded batch with a dense mask."""
-    from model import attention_rule
     B, L = condition.kind.shape
     N = target[0] * target[1] // cfg.patch**2
     S = L + 1 + N
@@ -81,86 +100,86 @@ def padded_inputs(cfg, condition, target):
     for b, row in enumerate(condition.kind.tolist()):
         if 1 in row:
             sizes[b] = [[row.index(1), len(row) - row[::-1].index(1)]]
-    return dict(input_ids=condition.ids, input_img_latents=[image[None] for image in condition.images], input_image_sizes=sizes,
+    return dict(input_ids=condition.ids, input_img_latents=[image[None].to(dtype) for image in condition.images], input_image_sizes=sizes,
                 attention_mask=attend.to(device), position_ids=(real.cumsum(1) - 1).clamp(min=0).to(device), return_dict=False)
 
 
-def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--full", action="store_true", help="OmniGen-v1's sizes at 1024 pixels, on a GPU")
-    p.add_argument("--repeats", type=int, default=5)
-    flags = p.parse_args()
-    torch.manual_seed(0)
-    factors = [1.0] * (48 if flags.full else 32)
-    if flags.full:
-        cfg, device, dtype, size, text, peak = Config(), "cuda", torch.bfloat16, (128, 128), 64, 989e12
-    else:
-        torch.set_num_threads(1)
-        cfg, device, dtype, size, text, peak = Config(vocab=1000, width=384, layers=6, heads=6, mlp=1024), "cpu", torch.float32, (32, 64), 64, None
-    cfg.short_factor = cfg.long_factor = factors
+def fresh_meta(cfg):
     with torch.device("meta"):
-        model = Transformer(cfg)
-    model.to_empty(device=device).to(dtype)
+        return Transformer(cfg)
+
+
+def fresh(cfg, device, dtype):
+    """A transformer with random weights, made in place: OmniGen's fits no second copy."""
+    model = fresh_meta(cfg).to_empty(device=device).to(dtype)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.02)
     torch.nn.init.zeros_(model.pos_embed)
-    N = size[0] * size[1] // cfg.patch**2
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.0f}M parameters, {text} text + {N} reference + {N} target tokens, "
-          f"{device}, {dtype}, torch {torch.__version__}")
-    one = condition_of(cfg, [text], [size], device)
-    three = condition_of(cfg, [text, text // 4, text], [size, size, None], device)
-    x = torch.randn(3, cfg.channels, *size, device=device)
-    t = torch.full((3,), 0.5, device=device)
+    return model
 
-    # ------------------------------------------------------------------ a sampling step: three branches of guidance
-    with torch.no_grad(), autocast(device, flags.full):
+
+def speed(name, device, repeats):
+    """Times of one size -> records."""
+    cfg, size, text, batch = SIZES[name]
+    full = name == "OmniGen-v1"
+    dtype = torch.bfloat16 if full else torch.float32
+    cfg.short_factor = cfg.long_factor = [1.0] * (cfg.width // cfg.heads // 2)
+    model, N, records = fresh(cfg, device, dtype), size[0] * size[1] // cfg.patch**2, []
+    half = torch.bfloat16 if fast_bf16(device) else torch.float32
+    one, three = condition_of(cfg, [text] * batch, [[size]] * batch, device), branches(cfg, text, size, device=device)
+    x = torch.randn(max(3, batch), cfg.channels, *size, device=device)
+    t = torch.full((len(x),), 0.5, device=device)
+
+    a, b = (torch.randn(*shape, device=device, dtype=half) for shape in ((batch * (one.kind.shape[1] + 1 + N), cfg.width),
+                                                                         (cfg.width, 2 * cfg.mlp)))
+    product = 2 * a.numel() * b.shape[1] / seconds(lambda: a @ b, device, 10 * repeats)
+
+    def measure(function, count=repeats):
+        """-> seconds, peak memory in GB"""
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        return seconds(function, device, count), torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else None
+
+    def note(what, measured, work=None, images=None, reference=None):
+        took, peak = measured
+        records.append({"size": name, "what": what, "ms": 1000 * took, "images_per_s": images and images / took,
+                        "tflops": work and work / took / 1e12, "of_product": work and work / took / product,
+                        "peak_gb": peak, "of_diffusers": reference and took / reference})
+
+    other = None if name == "toy" else theirs(cfg, device, dtype)
+    with torch.no_grad(), autocast(device):
+        encode, step = edit_flops(cfg, three, N)
         cache = model.encode(three, N)
-        report("encode the condition of three branches, once an edit", seconds(lambda: model.encode(three, N), device, flags.repeats))
-        work = 0
-        for kind in three.kind:
-            L = int((kind != PADDING).sum())
-            work += flops(cfg, kind, N) - flops(cfg, kind, 0) + cfg.layers * 4 * cfg.width * L
-        step = seconds(lambda: model.denoise(x, t, cache), device, flags.repeats)
-        report("a sampling step after the first", step, work, peak)
+        note("encode three branches", measure(lambda: model.encode(three, N)), encode)
+        took = measure(lambda: model.denoise(x[:3], t[:3], cache))
+        if other is not None:
+            inputs = padded_inputs(cfg, three, size, dtype)
+            reference = seconds(lambda: other(x[:3].to(dtype), t[:3], **inputs), device, repeats)
+        note("sampling step, three branches", took, step, reference=other and reference)
 
-    # ------------------------------------------------------------------ a training step: forward and backward, batch 1
-    model.checkpointing = flags.full
-    draws = magd.draw(tuple(x.shape[1:]), N, [0])
-    draws = magd.Draws(*(d.to(device) for d in draws))
+    model.checkpointing = full
+    shape = tuple(x.shape[1:])
+    draws = magd.Draws(*(d.to(device) for d in magd.draw(shape, N, range(batch))))
 
     def train():
         model.zero_grad(set_to_none=True)
-        with autocast(device, flags.full):
-            magd.magd_loss(model, x[:1], one, draws)[0].mean().backward()
-    work = 3 * flops(cfg, one.kind[0], N)
-    train_step = seconds(train, device, flags.repeats)
-    report("a training step, forward and backward, batch 1", train_step, work, peak)
-    if device == "cuda":
-        print(f"peak memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
+        with autocast(device):
+            magd.magd_loss(model, x[:batch], one, draws)[0].mean().backward()
+    took = measure(train)
     model.zero_grad(set_to_none=True)
-
-    other = theirs(cfg, device, dtype)
     if other is not None:
-        inputs = {k: [i.to(dtype) for i in v] if k == "input_img_latents" else v for k, v in padded_inputs(cfg, three, size).items()}
-        with torch.no_grad():
-            took = seconds(lambda: other(x.to(dtype), t, **inputs), device, flags.repeats)
-        report("diffusers: a sampling step", took)
-        print(f"{'':<58}ours takes {step / took:.2f} of it")
-        single = padded_inputs(cfg, one, size)
+        single = padded_inputs(cfg, one, size, dtype)
 
         def train():
             other.zero_grad(set_to_none=True)
             v = other(x[:1].to(dtype), t[:1], **single)[0]
             (v.float() - (x[:1] - draws.x0)).square().mean().backward()
-        took = seconds(train, device, flags.repeats)
-        report("diffusers: a training step", took)
-        print(f"{'':<58}ours takes {train_step / took:.2f} of it")
+        reference = seconds(train, device, repeats)
+    note(f"training, forward and backward, batch {batch}", took, 3 * batch * flops(cfg, one.kind[0], N), batch, other and reference)
 
-    # ------------------------------------------------------------------ a whole edit
-    if flags.full:
+    if full:                                               # a whole edit: autoencoder, encode, 50 steps, autoencoder
         vae = VAE().to(device).eval()
         image = torch.rand(1, 3, 8 * size[0], 8 * size[1], device=device) * 2 - 1
-        torch.cuda.reset_peak_memory_stats()
 
         @torch.no_grad()
         def edit():
@@ -169,11 +188,89 @@ def main():
                 cache = model.encode(three, N)
                 z = euler(lambda z, s: model.denoise(torch.cat([z] * 3), torch.full((3,), s, device=device), cache)[:1], x[:1], 50)
             vae.decode(z)
-        report("an edit of 50 steps at 1024 x 1024, with the autoencoder", seconds(edit, device, 1))
-        print(f"peak memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
-        torch.cuda.reset_peak_memory_stats()
-        vae.decode(x[:1])
-        print(f"decoding alone adds {(torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()) / 1e9:.1f} GB")
+        other = None                                       # its memory is not ours
+        note("an edit of 50 steps with the autoencoder", measure(edit, 1), encode + 50 * step, 1)
+    return records
+
+
+def show(records):
+    keys = ["size", "what", "ms", "images_per_s", "tflops", "of_product", "of_diffusers", "peak_gb"]
+    keys = [key for key in keys if any(record[key] is not None for record in records)]
+
+    def text(value):
+        return "" if value is None else value if isinstance(value, str) else f"{value:.3g}" if value < 100 else f"{value:.0f}"
+    print(markdown(keys, [[text(record[key]) for key in keys] for record in records]))
+
+
+# ------------------------------------------------------------------------------------------- growth
+
+GPU = {"flops": 0.4 * 989e12, "inside": 450e9, "between": 50e9}     # of an H100: what training may reach; NVLink; 400 Gbit/s a GPU, in bytes/s
+
+
+def growth(repeats):
+    """Predicted cost of an edit (50 steps, three branches) and of training, at OmniGen-v1's size; the prediction checked at 384 wide."""
+    full, small = SIZES["OmniGen-v1"][0], SIZES["384 wide"][0]
+    small.short_factor = small.long_factor = [1.0] * 32
+    model = fresh(small, "cpu", torch.float32)
+    cases = [(f"{side} x {side} pixels", side, 1, 0) for side in (512, 768, 1024, 1536)]
+    cases += [(f"{k} reference images", 1024, k, 0) for k in (0, 2, 3)] + [(f"{k} pause tokens", 1024, 1, k) for k in (16, 32)]
+    rows, base = [], None
+    for name, side, references, pauses in sorted(cases, key=lambda case: case[0] != "1024 x 1024 pixels"):
+        size, N = (side // 8, side // 8), (side // 16)**2
+        encode, step = edit_flops(full, branches(full, 64, size, references, pauses), N)
+        little, n = (side // 32, side // 32), (side // 64)**2
+        condition = branches(small, 4, little, references, pauses // 16)          # a sixteenth of the tokens, of every kind
+        expected = sum(w * k for w, k in zip(edit_flops(small, condition, n), (1, 50)))
+        x, t = torch.randn(3, 4, *little), torch.full((3,), 0.5)
+        with torch.no_grad():
+            cache = model.encode(condition, n)
+            took = seconds(lambda: model.encode(condition, n), "cpu", repeats) + 50 * seconds(lambda: model.denoise(x, t, cache), "cpu", repeats)
+        cost = (encode + 50 * step, expected, took)
+        base = base or cost
+        rows.append([name, f"{cost[0] / 1e15:.3f}", f"{encode / cost[0]:.1%}", f"{cost[0] / base[0]:.3f}", f"{cost[1] / base[1]:.3f}", f"{took / base[2]:.3f}"])
+    print(markdown(["an edit", "PFLOP", "of it encoding", "relative to the first", "the same, 384 wide", "measured, 384 wide"], rows))
+
+    edit, caption = ((flops(full, condition_of(full, [64], [own], "cpu").kind[0], 4096)) for own in ([(128, 128)], []))
+    sample, parameters = 4 * (edit + caption) / 2, sum(p.numel() for p in fresh_meta(full).parameters())      # 4: recomputed forward
+    rows = []
+    for gpus, batch in ((8, 128), (64, 128), (512, 128), (512, 512)):
+        if batch < gpus:
+            rows.append([gpus, batch, "-", "-", "-", "-", f"does not run: more GPUs than samples, at most {batch}"])
+            continue
+        micro = batch // gpus
+        compute = micro * sample / GPU["flops"]
+        # FSDP2: of each micro-batch the bf16 weights are gathered twice, the float32 gradients scattered once
+        moved = micro * parameters * (2 + 2 + 4) * (gpus - 1) / gpus
+        wires = moved / GPU["inside" if gpus <= 8 else "between"]
+        rows.append([gpus, batch, micro, f"{compute:.2f}", f"{wires:.2f}", f"{16 * parameters / gpus / 1e9:.1f}",
+                     "hidden behind the arithmetic" if wires < compute else "the wires decide"])
+    print()
+    print(markdown(["GPUs", "batch", "samples each", "arithmetic, s a step", "traffic, s a step", "GB of states each", ""], rows))
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("what", nargs="?", choices=("speed", "growth"), default="speed")
+    p.add_argument("--sizes", nargs="+", choices=SIZES, help="all that fit here if not given")
+    p.add_argument("--threads", type=int, help="of the CPU")
+    p.add_argument("--repeats", type=int, default=5)
+    p.add_argument("--json", help="write the records of speed to this file too")
+    flags = p.parse_args()
+    torch.manual_seed(0)
+    if flags.threads:
+        torch.set_num_threads(flags.threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if device == 'cuda' else f'CPU, {torch.get_num_threads()} threads'}, "
+          f"bf16 products: {fast_bf16(device)}\n")
+    if flags.what == "growth":
+        return growth(flags.repeats)
+    fits = device == "cuda" and torch.cuda.get_device_properties(0).total_memory > 60e9
+    records = []
+    for name in flags.sizes or [name for name in SIZES if name != "OmniGen-v1" or fits]:
+        records += speed(name, device, flags.repeats)
+    show(records)
+    if flags.json:
+        Path(flags.json).write_text(json.dumps(records, indent=1))
 
 
 if __name__ == "__main__":

@@ -103,9 +103,11 @@ def test_the_result_holds_what_it_should(tmp_path):
         "--out", tmp_path / "run", check=0)
     result = json.load(open(tmp_path / "run/result.json"))
     for split in ("iid", "novel"):
-        assert set(result[split]) == {"exact", "adherence", "faithfulness"}
+        assert set(result[split]["all"]) == {"number", "exact", "adherence", "faithfulness"} and result[split]["all"]["number"] == 6
     assert result["steps"] == 3 and result["images"] == 24 and result["seed"] == 5 and result["flags"]["p_magd"] == 0.5
-    assert result["seconds"] > 0 and result["parameters"] > 0 and result["device"] and result["preset"] == "toy"
+    model = weights(tmp_path / "run/last.pt")["model"]
+    assert result["parameters"] == sum(p.numel() for name, p in model.items() if name != "pos_embed")
+    assert result["seconds"] > 0 and result["device"] and result["preset"] == "toy"
     line = json.loads(open(tmp_path / "run/log.jsonl").readline())
     assert len(line["loss_by_t"]) == 4 and 0 <= line["masked_tokens"] <= line["masked_samples"] <= 1 and line["images_per_s"] > 0
     assert (tmp_path / "run/samples/step_000003.png").exists() and (tmp_path / "run/samples/final.png").exists()
