@@ -840,10 +840,9 @@ def sheet(rows, path, scale=1, pad=4, title=""):
     """Save a table of images with captions: rows of (image (h, w, 3) uint8, caption, framed) or None for an empty place."""
     height = max(cell[0].shape[0] for row in rows for cell in row if cell) * scale
     width = max(cell[0].shape[1] for row in rows for cell in row if cell) * scale
-    lines = 1 + max(cell[1].count("\n") for row in rows for cell in row if cell)
-    text = 14 * lines
-    top = 18 if title else 0
-    page = Image.new("RGB", (max(map(len, rows)) * (width + pad) + pad, top + len(rows) * (height + text + pad) + pad), "white")
+    text = [14 * (1 + max(cell[1].count("\n") for cell in row if cell)) for row in rows]
+    tops = list(itertools.accumulate((height + own + pad for own in text), initial=pad + 18 * bool(title)))
+    page = Image.new("RGB", (max(map(len, rows)) * (width + pad) + pad, tops[-1]), "white")
     pen = ImageDraw.Draw(page)
     pen.text((pad, pad), title, fill="black")
     for r, row in enumerate(rows):
@@ -851,7 +850,7 @@ def sheet(rows, path, scale=1, pad=4, title=""):
             if cell is None:
                 continue
             image, caption, framed = cell
-            x, y = pad + c * (width + pad), top + pad + r * (height + text + pad)
+            x, y = pad + c * (width + pad), tops[r]
             page.paste(Image.fromarray(image).resize((image.shape[1] * scale, image.shape[0] * scale), Image.Resampling.NEAREST), (x, y))
             if framed:
                 pen.rectangle([x - 2, y - 2, x + width + 1, y + height + 1], outline="red", width=2)

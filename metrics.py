@@ -490,13 +490,15 @@ def toy_model(path, device="cpu"):
 def toy(flags):
     """Table by task and complexity of a toy model on both held-out sets, between the two ends of the scale."""
     from sample import evaluate
-    start, device = time.perf_counter(), "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer, trained = toy_model(flags.ckpt, device)
-    groups = {}
+    groups, seconds = {}, 0.0
     for split in ("iid", "novel"):
         dataset = Shapes(trained["data"], split, trained["seed"])
+        start = time.perf_counter()
         rows = evaluate(model, tokenizer, dataset, range(flags.examples), flags.steps, flags.text_scale, flags.image_scale,
                         flags.guidance_interval, flags.pauses, device=device)
+        seconds += time.perf_counter() - start
         groups[split] = breakdown(rows)
         print(f"\n{split}: {flags.examples} examples, {flags.steps} Euler steps, {flags.pauses} pause tokens")
         print(f"{'':16}{'number':>8}" + "".join(f"{score:>14}" for score in SCORES))
@@ -506,9 +508,11 @@ def toy(flags):
         for name, output in (("output = source", lambda s: s.images[0]), ("output = target", lambda s: s.target)):
             values = means([judge(dataset.world, s.images[0], s.instruction, output(s)) for s in edits])
             print(f"{name:16}{len(edits):8}" + "".join(f"{values[score]:14.3f}" for score in SCORES))
-    picture = flags.out or Path(flags.ckpt).with_name("toy.png")
+    picture = Path(flags.out or Path(flags.ckpt).with_name("toy.png"))
     bars(f"{flags.ckpt}: {flags.examples} held-out examples each", groups, picture)
-    print(f"\nwrote {picture} ({time.perf_counter() - start:.0f} s)")
+    settings = {key: getattr(flags, key) for key in ("steps", "pauses", "text_scale", "image_scale", "guidance_interval")}
+    picture.with_suffix(".json").write_text(json.dumps({**groups, **settings, "seconds": seconds}))
+    print(f"\nsampled and judged in {seconds:.1f} s; wrote {picture} and {picture.with_suffix('.json')}")
 
 
 def some_edits(dataset, n):
@@ -649,53 +653,60 @@ def table(flags):
     text = markdown(header, cells) + f"\n\n*{seeds} seeds; mean ± 95% interval, and in brackets the paired difference to "
     text += ("the first" if len({reference for _, reference in pairs}) == 1 else "its own reference") + " with its interval; bold: zero is outside.*"
     if flags.figure and any(own != reference for own, reference in pairs):
-        forest(heads, {label(own): [compare(arms[own][column], arms[reference][column])[1:] for column in columns]
-                       for own, reference in pairs if own != reference}, flags.figure)
+        lines = {label(own): [compare(arms[own][column], arms[reference][column])[1:] for column in columns]
+                 for own, reference in pairs if own != reference}
+        if len(lines) < len(columns):
+            heads, lines = list(lines), dict(zip(heads, zip(*lines.values())))
+        forest(heads, lines, flags.figure)
         text += f"\n\n![paired differences]({flags.figure})"
     return text
 
 
 def forest(series, rows, path):
-    """Save paired differences as points with 95% intervals around zero. rows: {label: [(difference, half interval) per series]}."""
+    """Save paired differences as points with 95% intervals around zero. rows: {label: [(difference, half interval) per series]},
+    with as few series as can be: each has a colour."""
     font, colors = ImageFont.load_default(13), ["#3465a4", "#f57900", "#4e9a06", "#75507b"]
     step, left, width = 16 * len(series) + 8, 210, 520
-    most = max(abs(d) + (h if math.isfinite(h) else 0) for line in rows.values() for d, h in line) or 1
-    page = Image.new("RGB", (left + width + 30, 60 + 18 * len(series) + step * len(rows)), "white")
+    rows = {label: [(d, h if math.isfinite(h) else 0) for d, h in line] for label, line in rows.items()}
+    low, high = (end(0, end(d + sign * h for line in rows.values() for d, h in line)) for end, sign in ((min, -1), (max, 1)))
+    high += (high == low)
+    tick = next(t for t in (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5) if t >= (high - low) / 6 or t == 5)
+    page = Image.new("RGB", (left + width + 30, 64 + 18 * len(series) + step * len(rows)), "white")
     pen = ImageDraw.Draw(page)
 
     def x(value):
-        return left + width / 2 * (1 + value / most)
+        return left + width * (value - low) / (high - low)
     for k, name in enumerate(series):
-        pen.text((left, 6 + 18 * k), f"difference in {name}", fill=colors[k % 4], font=font)
+        pen.text((left, 6 + 18 * k), name, fill=colors[k % 4], font=font)
     top = 14 + 18 * len(series)
     pen.line([x(0), top, x(0), top + step * len(rows)], fill="#888888")
     for r, (label, line) in enumerate(rows.items()):
         pen.text((8, top + r * step + step / 2 - 9), label, fill="black", font=font)
         for k, (difference, half) in enumerate(line):
             y = top + r * step + 12 + 16 * k
-            half = half if math.isfinite(half) else 0
             pen.line([x(difference - half), y, x(difference + half), y], fill=colors[k % 4], width=2)
             pen.ellipse([x(difference) - 4, y - 4, x(difference) + 4, y + 4], fill=colors[k % 4])
-    for value in (-most, -most / 2, 0, most / 2, most):
-        pen.text((x(value) - 16, top + step * len(rows) + 6), f"{value:+.2f}", fill="black", font=font)
+    for k in range(math.ceil(low / tick - 1e-9), math.floor(high / tick + 1e-9) + 1):
+        pen.text((x(k * tick) - 16, top + step * len(rows) + 4), f"{k * tick:+.3g}", fill="black", font=font)
+    pen.text((left, top + step * len(rows) + 22), "paired difference to the reference, 95% interval", fill="black", font=font)
     page.save(path)
 
 
 def report(flags):
-    """Make every table of a Markdown file again: what follows a line `<!-- table ARGUMENTS -->`, up to `<!-- end -->`."""
-    path = Path(flags.file)
-    if not path.is_file():
-        raise InputError(f"{path}: there is no such file")
-    parts = re.split(r"(<!-- table .*? -->\n|<!-- end -->)", path.read_text())
-    for k, part in enumerate(parts):
-        if part.startswith("<!-- table"):
-            if parts[k + 2:k + 3] != ["<!-- end -->"]:
-                raise InputError(f"{path}: no <!-- end --> after {part.strip()}")
-            own = parser().parse_args(shlex.split(part.strip()[5:-4]))
-            parts[k + 1] = "\n" + table(own) + "\n\n"
-    text = "".join(parts)
-    print(f"{path}: {'as it was' if text == path.read_text() else 'its tables have changed'}")
-    path.write_text(text)
+    """Make every table of Markdown files again: what follows a line `<!-- table ARGUMENTS -->`, up to `<!-- end -->`."""
+    for path in map(Path, flags.files):
+        if not path.is_file():
+            raise InputError(f"{path}: there is no such file")
+        text = path.read_text()
+        parts = re.split(r"(<!-- table .*? -->\n|<!-- end -->)", text)
+        for k, part in enumerate(parts):
+            if part.startswith("<!-- table"):
+                if parts[k + 2:k + 3] != ["<!-- end -->"]:
+                    raise InputError(f"{path}: no <!-- end --> after {part.strip()}")
+                own = parser().parse_args(shlex.split(part.strip()[5:-4]))
+                parts[k + 1] = "\n" + table(own) + "\n\n"
+        path.write_text("".join(parts))
+        print(f"{path}: {'as it was' if ''.join(parts) == text else 'its tables have changed'}")
 
 
 # ------------------------------------------------------------------------------------------- scores of real edits
@@ -1028,7 +1039,7 @@ def parser():
     command.add_argument("--file", default="result.json", help="its name")
     command.add_argument("--within", action="store_true", help="compare the columns of each arm with the first column")
     command.add_argument("--figure", help="a PNG file of the differences")
-    add(report).add_argument("file", help="a Markdown file")
+    add(report).add_argument("files", nargs="+", help="Markdown files")
     command = add(score)
     command.add_argument("folder", help="made by sample.py --data")
     command.add_argument("--clip", required=True, help="folder with a CLIP of OpenAI, such as clip-vit-base-patch32")

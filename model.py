@@ -340,12 +340,12 @@ class Transformer(nn.Module):
         angle = (position[..., None] * frequency)[:, None].repeat(1, 1, 1, 2)             # (B, 1, L, E)
         return angle.cos() * scale, angle.sin() * scale
 
-    def compile_blocks(self, backend="inductor"):
+    def compile_blocks(self):
         """Let torch.compile fuse what a block does between its matrix products. One graph serves all lengths, but each way in which
         text and images alternate needs its own; past the limit the rest runs uncompiled."""
         torch._dynamo.config.recompile_limit = 64
         for block in self.llm.layers:
-            block.forward = torch.compile(block.forward, dynamic=True, backend=backend)
+            block.forward = torch.compile(block.forward, dynamic=True)
 
     def run(self, block, *inputs):
         if self.checkpointing and torch.is_grad_enabled():

@@ -33,7 +33,11 @@ pauses() {                                 # NAME SEED
     make "$1" "$2" pauses.json metrics.py pauses --ckpt "$out/last.pt" --steps 10 --examples 160 --out "$out/pauses.json"
     cp "$out/pauses.png" "$RESULTS/$1/$2/"
 }
-export -f make train pauses
+toy() {                                    # NAME SEED MODEL FLAGS: another evaluation of the model
+    local out=$STUDY/$1/$2
+    make "$1" "$2" toy.json metrics.py toy --ckpt "$STUDY/$3/$2/last.pt" --steps 10 --out "$out/toy.png" "${@:4}"
+}
+export -f make train pauses toy
 
 each_seed() {                              # lines "FUNCTION NAME MORE", each for each seed, side by side
     while read -r line; do

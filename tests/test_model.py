@@ -178,21 +178,18 @@ def test_flops_against_torch_counting_them():
     assert counter.get_total_flops() - time_mlps - dense == flops(model.cfg, c.kind[0], N)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiled_equals_eager(backend):
-    """Forward, gradients and sampling, on two ragged batches of different lengths."""
+@pytest.mark.slow
+def test_compiled_equals_eager():
+    """Forward, gradients and two steps of sampling, on a ragged batch."""
     def results(model):
-        found = []
-        for rows in (["tt1111ttt", "tttt"], ["tt1111tt2222", "tttttt", "t"]):
-            generator = torch.Generator().manual_seed(2)
-            x, t = torch.randn(len(rows), 3, 16, 16, generator=generator), torch.rand(len(rows), generator=generator)
-            model.zero_grad()
-            output = model(x, t, condition(rows))
-            output.square().mean().backward()
-            found += [output.detach(), model.denoise(x, t, model.encode(condition(rows), 16)), *(p.grad.clone() for p in model.parameters())]
-        return found
+        x, t = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(2)), torch.tensor([0.2, 0.7])
+        model.zero_grad()
+        output = model(x, t, condition(["tt1111ttt", "tttt"]))
+        output.square().mean().backward()
+        cache = model.encode(condition(["tt1111ttt", "tttt"]), 16)
+        return [output.detach(), model.denoise(x, t, cache), model.denoise(2 * x, t, cache), *(p.grad.clone() for p in model.parameters())]
     model = tiny_model()
     eager = results(model)
-    model.compile_blocks(backend)
+    model.compile_blocks()
     for a, b in zip(results(model), eager):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)

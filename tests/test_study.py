@@ -131,10 +131,13 @@ def test_report_makes_the_tables_of_a_file_again(arms, monkeypatch):
 
 def test_the_tables_of_the_repository_are_those_of_its_results(tmp_path, monkeypatch):
     shutil.copytree(ROOT / "results", tmp_path / "results")
-    shutil.copy(ROOT / "RESULTS.md", tmp_path)
     monkeypatch.chdir(tmp_path)
-    call(metrics, "report", "RESULTS.md")
-    assert Path("RESULTS.md").read_text() == (ROOT / "RESULTS.md").read_text()
+    for name in ("RESULTS.md", "README.md"):
+        text = (ROOT / name).read_text()
+        assert "<!-- table" in text
+        Path(name).write_text(text)
+        call(metrics, "report", name)
+        assert Path(name).read_text() == text
 
 
 FAKE = """#!/bin/bash
@@ -142,7 +145,7 @@ FAKE = """#!/bin/bash
 echo "$@" >> calls.txt
 [ "$1" = metrics.py ] && [ "$2" = report ] && exit 0
 out=$(sed 's/.*--out \\([^ ]*\\).*/\\1/' <<< "$*")
-case $out in *.json) echo {} > "$out"; touch "${out%.json}.png";; *) [ -e fail ] && exit 1; echo {} > "$out/result.json"; touch "$out/last.pt";; esac
+case $out in *.json) echo {} > "$out"; touch "${out%.json}.png";; *.png) echo {} > "${out%.png}.json";; *) [ -e fail ] && exit 1; echo {} > "$out/result.json"; touch "$out/last.pt";; esac
 """
 
 
@@ -174,9 +177,10 @@ def test_the_scripts_train_every_arm_from_the_base_of_its_own_seed_and_width(scr
     assert "--init out/study/base-width-192/3/last.pt --width 192" in flags("plain-width-192")
     for plain, magd in (("plain", "magd"), ("plain-steps-1600", "magd-steps-1600"), ("plain-width-64", "magd-width-64")):
         assert flags(plain).replace(plain, magd).replace("--p-magd 0", "--p-magd 0.5") == flags(magd)      # one difference
-    assert sum("metrics.py pauses" in call for call in calls) == 8 and calls[-1] == "metrics.py report RESULTS.md"
+    assert sum("metrics.py pauses" in call for call in calls) == 8 and calls[-1] == "metrics.py report RESULTS.md README.md"
+    assert any("metrics.py toy --ckpt out/study/plain/3/last.pt" in call and call.endswith("--guidance-interval 0,0.5") for call in calls)
     assert (tmp_path / "results/magd/3/result.json").exists() and (tmp_path / "results/magd/3/pauses.png").exists()
-    assert scripts() == ["metrics.py report RESULTS.md"]                   # nothing is done twice
+    assert scripts() == ["metrics.py report RESULTS.md README.md"]         # nothing is done twice
 
 
 def test_the_scripts_go_on_after_a_kill_and_stop_at_a_failure(scripts, tmp_path):
