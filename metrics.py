@@ -573,7 +573,6 @@ def pauses(flags):
     result["table 3"] = {name: protocol(*scores([rows["pauses", *c] for c in chosen]), LIMITS["faithfulness"], LIMITS["adherence"])
                          for name, chosen in {"0 pauses": [(0, 0)], "4 counts": [(count, 0) for count in counts],
                                               "4 seeds": [(0, seed) for seed in seeds]}.items()}
-    out.write_text(json.dumps({**result, "ckpt": flags.ckpt, "examples": len(indices), "steps": flags.steps}))
     # the picture is of the example whose candidates differ most: about half of them exact
     shown = min(range(len(indices)), key=lambda k: abs(8 - sum(rows["pauses", c, s][k]["exact"] for c in counts for s in seeds)))
     sample = rows["pauses", 0, 0][shown]["sample"]
@@ -581,6 +580,7 @@ def pauses(flags):
     cells += [[(row["output"], f"{count} pauses, seed {seed}", row["exact"]) for seed in seeds for row in [rows["pauses", count, seed][shown]]]
               for count in counts]
     sheet(cells, out.with_suffix(".png"), 6, title=f"{sample.instruction}; framed: exact")
+    out.write_text(json.dumps({**result, "ckpt": flags.ckpt, "examples": len(indices), "steps": flags.steps}))
     print(f"wrote {out} and {out.with_suffix('.png')}")
 
 
