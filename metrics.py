@@ -91,15 +91,20 @@ def parse(world, image):
 
 # ------------------------------------------------------------------------------------------- the oracle
 
-def carried_out(world, edit, before, after, readable):
-    """Is this one Edit of scene `before` true in scene `after`? Unreadable cells show nothing."""
+def names_of(edits, task):
+    return [f"{edit.color} {edit.shape}" for edit in edits if edit.task == task]
+
+
+def carried_out(world, edit, before, after, readable, edits=()):
+    """Is this one Edit of scene `before` true in scene `after`? Unreadable cells show nothing. edits: all of the instruction, since
+    what one of them removes leaves its cell to what another adds."""
     seen = {t.cell: t for t in after.things if readable[t.cell]}
     if edit.task in WHOLE:
         return {"background": after.background, "global": after.light, "style": after.style}[edit.task] == edit.value
     name = f"{edit.color} {edit.shape}"
     if edit.task == "add":
         for thing in seen.values():
-            if thing.name != name or thing.cell in [t.cell for t in before.things]:
+            if thing.name != name or thing.cell in [t.cell for t in before.things if t.name not in names_of(edits, "remove")]:
                 continue
             if isinstance(edit.where, str):
                 near = edit.where in ("", corner(world, thing.cell))
@@ -112,7 +117,8 @@ def carried_out(world, edit, before, after, readable):
     if old is None:
         raise InputError(f"the image has no {name}: it shows {', '.join(t.name for t in before.things) or 'nothing'}")
     if edit.task == "remove":
-        return bool(readable[old.cell]) and name not in [t.name for t in seen.values()] and old.cell not in seen
+        gone = old.cell not in seen or seen[old.cell].name in names_of(edits, "add")
+        return bool(readable[old.cell]) and name not in [t.name for t in seen.values()] and gone
     new = seen.get(old.cell)
     wanted = (edit.shape, edit.value) if edit.task == "color" else (edit.value, edit.color)
     return new is not None and (new.shape, new.color) == wanted
@@ -122,7 +128,7 @@ def kept(world, edits, before, after, readable):
     """Share of what the instruction leaves alone that is as it was: background, light, style, and each cell's content.
 
     A thing that changes colour or shape is redrawn, so its place and size may be off by a pixel. What is added may take one
-    empty cell.
+    cell that is empty or becomes so.
     """
     tasks = [edit.task for edit in edits]
     facts = [] if "background" in tasks else [before.background == after.background]
@@ -132,17 +138,18 @@ def kept(world, edits, before, after, readable):
         facts.append(before.style == after.style)
     was, now = ({t.cell: t for t in scene.things} for scene in (before, after))
     by_name = {f"{edit.color} {edit.shape}": edit for edit in edits if edit.shape}
-    may_appear = [f"{edit.color} {edit.shape}" for edit in edits if edit.task == "add"]
+    may_appear = names_of(edits, "add")
     for cell in np.ndindex(world.grid, world.grid):
         old, new = was.get(cell), now.get(cell)
         edit = by_name.get(old.name) if old else None
-        if edit and edit.task == "remove":
-            same = new in (old, None)                                  # gone is what was asked for; still there is no harm
+        removed = edit is not None and edit.task == "remove"
+        if removed and new in (old, None):
+            same = True                                                # gone is what was asked for; still there is no harm
         elif edit and edit.task in ("color", "local"):
             rest = "shape" if edit.task == "color" else "color"
             same = new is not None and getattr(new, rest) == getattr(old, rest) and \
                 max(abs(a - b) for a, b in zip(new[3:], old[3:])) <= 1  # size, y, x
-        elif old is None and new is not None and new.name in may_appear:
+        elif (old is None or removed) and new is not None and new.name in may_appear:
             may_appear.remove(new.name)
             same = True
         else:
@@ -180,7 +187,7 @@ def judge(world, source, instruction, output):
         if edits is None:
             raise InputError(f"the oracle does not know the instruction {instruction!r}; it reads those of the toy world")
         before, _ = parse(world, source)
-        adherence = float(np.mean([carried_out(world, edit, before, after, readable) for edit in edits]))
+        adherence = float(np.mean([carried_out(world, edit, before, after, readable, edits) for edit in edits]))
         faithfulness = kept(world, edits, before, after, readable)
     return {"exact": adherence == 1 and faithfulness == 1, "adherence": adherence, "faithfulness": faithfulness}
 

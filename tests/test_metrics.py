@@ -77,7 +77,10 @@ def score(instruction, *things, background="white", spoil=None):
     ("add a red square", (RED, BLUE, Thing("square", "red", (1, 0), 6, 2, 2)), (1, 1)),
     ("add a red square", (RED, Thing("square", "red", (1, 1), 6, 2, 2)), (0, 0.8)),             # in place of the blue one
     ("add a red square", (RED, BLUE, Thing("square", "red", (1, 0), 6, 2, 2), Thing("star", "red", (0, 1), 6, 0, 0)), (1, 0.8)),
-    ("make the red circle green and remove the blue square", (RED._replace(color="green"), BLUE), (0.5, 1))])
+    ("make the red circle green and remove the blue square", (RED._replace(color="green"), BLUE), (0.5, 1)),
+    ("remove the red circle and add a cyan cross top left", (Thing("cross", "cyan", (0, 0), 7, 0, 0), BLUE), (1, 1)),    # in its place
+    ("remove the red circle and add a cyan cross top right", (Thing("cross", "cyan", (0, 0), 7, 0, 0), BLUE), (0.5, 1)),
+    ("remove the red circle and add a cyan cross top left", (Thing("cross", "blue", (0, 0), 7, 0, 0), BLUE), (0, 0.8))])
 def test_scores_by_hand(instruction, things, expected):
     things = tuple(t._replace(shape="cross") if t.shape == "star" else t for t in things)    # the small world has no star
     assert score(instruction, *things) == pytest.approx(expected)
