@@ -208,6 +208,6 @@ def test_a_rehearsal_of_an_experiment(tmp_path):
                               text=True, env={**os.environ, "SEEDS": "0", "PYTHON": sys.executable})
         assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "out/rehearsal/results/magd/0/pauses.json").read_text())
-    assert result["0 pauses"]["all"]["number"] == 4 * 160                  # four seeds
+    assert result["0 pauses"]["all"]["number"] == 4 * 8                    # four seeds
     weights = torch.load(tmp_path / "out/rehearsal/plans/0/last.pt", weights_only=True)["flags"]
     assert weights["p_plan"] == 0.5 and weights["init"] == "out/rehearsal/base/0/last.pt"
