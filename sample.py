@@ -39,7 +39,7 @@ def euler(velocity, x, steps, progress=False):
 
 @torch.no_grad()
 def generate(model, tokenizer, prompts, images, x0, steps=50, text_scale=2.5, image_scale=1.5, negative=None,
-             interval=(0.0, 1.0), low_memory=False, bf16=True, progress=False):
+             low_memory=False, interval=(0.0, 1.0), bf16=True, progress=False):
     """Images for a batch of prompts. images: a list of (C, h, w) per prompt; x0 (B, C, h, w) noise -> (B, C, h, w).
 
     Guidance: v = v_u + image_scale (v_img - v_u) + text_scale (v_full - v_img), where v_full sees prompt and images, v_img the
@@ -230,7 +230,7 @@ def edit(editor, flags, sources, instruction, pauses, seed, device, progress=Tru
         shape = (4, height // 8, width // 8)
     x = generate(model, tokenizer, [make_prompt(tokenizer, instruction, len(images), pauses=pauses)], [images],
                  noise(shape, [seed], device), flags.steps, flags.text_scale, flags.image_scale, flags.negative_prompt,
-                 flags.guidance_interval, flags.low_memory, progress=progress)
+                 flags.low_memory, flags.guidance_interval, progress=progress)
     return to_array((vae.decode(x) if vae else x)[0]), shape[1] * shape[2] // model.cfg.patch**2
 
 
