@@ -150,6 +150,7 @@ def test_bad_input_is_one_clear_line(checkpoint, picture, tmp_path, capsys, monk
              ({"--image": tmp_path / "text.png"}, "not an image"), ({"--ckpt": tmp_path / "none.pt"}, "no such checkpoint"),
              ({"--ckpt": tmp_path / "broken.pt"}, "not a checkpoint that can be read"), ({"--ckpt": tmp_path / "shape.pt"}, "do not fit"),
              ({"--ckpt": tmp_path / "other.pt"}, "not a checkpoint of train.py"), ({"--pauses": "many"}, "not a list of whole numbers"),
+             ({"--guidance-interval": "0.9,0.1"}, "is not two times from 0"), ({"--guidance-interval": "0.5"}, "is not two times from 0"),
              ({"--pauses": "-1"}, "from 0 to 4096"), ({"--steps": 0}, "at least 1"), ({"--out": tmp_path / "no/folder/edit.png"}, "folder"),
              ({"--prompt": "make the circle a square a red blue"}, "does not know the instruction")]
     for change, message in cases:
