@@ -29,7 +29,7 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
-from model import PADDING, TEXT, Condition, InputError, load_vae, optional, read_json
+from model import PADDING, TEXT, Condition, InputError, load_vae, optional, processes, read_json
 
 # --------------------------------------------------------------------------------------- the toy world: what there is
 
@@ -44,7 +44,7 @@ CORNERS = ("top left", "top right", "bottom left", "bottom right")
 RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}         # (row, column)
 NUMBERS = ("one", "two", "three", "four")
 EDITS = ("add", "remove", "color", "local", "background", "global", "style")                    # Emu-Edit's names
-WHOLE = EDITS[4:]                                                                               # of the image, not of one thing
+WHOLE = {"background": ("background", BACKGROUNDS), "global": ("light", LIGHTS), "style": ("style", STYLES)}   # of the image, not of one thing
 CAPTIONS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")      # GenEval's six kinds
 
 
@@ -179,10 +179,9 @@ def one_of(words):
 
 
 C, S = one_of(COLORS), one_of(SHAPES)
-GRAMMAR = {"add": f"add a {C} {S}(?: {one_of(CORNERS)}| {one_of(RELATIONS)} the ({C} {S}))?", "remove": f"remove the {C} {S}",
-           "color": f"make the {C} {S} {C}", "local": f"make the {C} {S} a {S}",
-           "background": f"change the background to {one_of(BACKGROUNDS)}", "global": f"make it {one_of(LIGHTS)}",
-           "style": f"redraw it {one_of(STYLES)}"}
+VALUES = {"color": C, "local": S, **{task: one_of(choices) for task, (_, choices) in WHOLE.items()}}
+GRAMMAR = {task: phrase(Edit(task, S, C, VALUES.get(task, ""))) for task in EDITS}                # regular expressions
+GRAMMAR["add"] += f"(?: {one_of(CORNERS)}| {one_of(RELATIONS)} the ({C} {S}))?"
 
 
 def read_instruction(text):
@@ -218,8 +217,7 @@ def plan_of(world, edits, before, after):
     steps, touched = [], []
     for edit in edits:
         if edit.task in WHOLE:
-            steps.append({"background": f"the background becomes {edit.value}", "global": f"the light becomes {edit.value}",
-                          "style": f"the style becomes {edit.value}"}[edit.task])
+            steps.append(f"the {WHOLE[edit.task][0]} becomes {edit.value}")
             continue
         name = f"{edit.color} {edit.shape}"
         thing = next(t for t in (after if edit.task == "add" else before).things if t.name == name)
@@ -277,15 +275,10 @@ def random_edit(world, rng, task, scene, free, names):
 
     -> (Edit, new Scene), or None if chance led nowhere: the caller draws again.
     """
-    if task == "background":
-        edit = Edit(task, value=other(rng, BACKGROUNDS, scene.background))
-        return edit, scene._replace(background=edit.value)
-    if task == "global":
-        edit = Edit(task, value=other(rng, LIGHTS, scene.light))
-        return edit, scene._replace(light=edit.value)
-    if task == "style":
-        edit = Edit(task, value=other(rng, STYLES, scene.style))
-        return (edit, scene._replace(style=edit.value)) if scene.things else None
+    if task in WHOLE:
+        key, choices = WHOLE[task]
+        edit = Edit(task, value=other(rng, choices, getattr(scene, key)))
+        return (edit, scene._replace(**{key: edit.value})) if scene.things or task != "style" else None
     if task == "add":
         empty = [c for c in (divmod(k, world.grid) for k in range(world.grid**2)) if c not in [t.cell for t in scene.things]]
         # what is added has the middle size and stands in the middle of its cell, so that there is one right answer
@@ -591,6 +584,12 @@ def needed(row, root):
     return latents
 
 
+def whole_lines(path):
+    """The lines of a file that a killed run may have left with half a line at its end, or not begun."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [line for line in lines if line.endswith("\n")]
+
+
 def read_cache(folder, header):
     """-> {key: line of the index}, the last line of a key counts."""
     path = Path(folder) / "cache.json"
@@ -602,10 +601,7 @@ def read_cache(folder, header):
         raise InputError(f"{folder}: these latents are {wrong}. Make new ones with `python data.py latents` in another --out folder.")
     entries = {}
     for index in sorted(Path(folder).glob("*.jsonl")):
-        for line in index.read_text().splitlines(keepends=True):
-            if line.endswith("\n"):                                   # the last line of a killed run may be cut off
-                entry = json.loads(line)
-                entries[entry["key"]] = entry
+        entries |= {entry["key"]: entry for entry in map(json.loads, whole_lines(index))}
     return entries
 
 
@@ -693,7 +689,7 @@ class Words:
         ids = []
         for word in split_words(text):
             if word not in self.ids:
-                near = difflib.get_close_matches(word, self.words, n=4, cutoff=0.5) or self.words[:8]
+                near = difflib.get_close_matches(word, self.words, n=4, cutoff=0)
                 raise InputError(f"unknown word {word!r}; the nearest known ones are: {', '.join(near)}")
             ids.append(self.ids[word])
         return ids
@@ -760,7 +756,7 @@ def tokenize(tokenizer, prompt, sizes):
 
 def to_tensor(image):
     """(..., h, w, 3) uint8 -> (..., 3, h, w) in [-1, 1]; a latent stays as it is"""
-    return image if torch.is_tensor(image) else torch.from_numpy(image.copy()).movedim(-1, -3).float() / 127.5 - 1
+    return image if torch.is_tensor(image) else torch.tensor(image).movedim(-1, -3).float() / 127.5 - 1
 
 
 def to_array(x):
@@ -824,7 +820,7 @@ def make_batch(dataset, indices, tokenizer, patch, seed, p_drop, p_plan, p_maske
 
 
 def micro_batches(dataset, size):
-    """Cut the endless data set into tuples of `size` indices whose targets have one shape, in the order in which they fill."""
+    """Cut the endless data set into tuples of `size` indices whose targets have one shape (`bucket`), in the order in which they fill."""
     waiting = {}
     for index in itertools.count():
         group = waiting.setdefault(tuple(dataset.bucket(index)), [])
@@ -927,8 +923,7 @@ def check(flags):
 def latents(flags):
     """Encode every image of a JSONL file with the autoencoder, for train.py. Continues where a killed run stopped."""
     # torchrun --nproc-per-node N data.py latents ... shares the work: a key belongs to one process by its checksum
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    rank, world, device = processes()
     if flags.size % 64 or flags.size < 64:
         raise InputError(f"--size {flags.size}: a multiple of 64 is needed")
     source = omnigen_folder(flags.init) / "vae"
@@ -942,7 +937,7 @@ def latents(flags):
             os.replace(folder / f"cache.json.{rank}", folder / "cache.json")
         done = read_cache(folder, header)
         # what a killed run left half-written goes: a torn last line, and numbers without a line
-        lines = [line for line in (index.read_text() if index.exists() else "").splitlines(keepends=True) if line.endswith("\n")]
+        lines = whole_lines(index)
         index.write_text("".join(lines))
         end = max([entry["offset"] + 2 * int(np.prod(entry["shape"])) for entry in map(json.loads, lines)], default=0)
         with open(data, "ab") as file:

@@ -21,9 +21,9 @@ class Draws(NamedTuple):
     """Everything random in one training step. Drawn sample by sample, so the number of processes does not matter."""
     x0: torch.Tensor                      # (B, C, h, w) noise
     t: torch.Tensor                       # (B,) time
-    u: torch.Tensor                       # (B,) is this sample masked? (the u of Eq. 6)
-    hide: torch.Tensor                    # (B, N) is this token hidden?
-    pick: torch.Tensor                    # (B,) which of the mask tokens?
+    u: torch.Tensor                       # (B,) in [0, 1): below p_magd the sample may be masked (the u of Eq. 6)
+    hide: torch.Tensor                    # (B, N) in [0, 1): below r_mask the token is hidden if the sample is masked
+    pick: torch.Tensor                    # (B,) in [0, 1): which of the mask tokens
 
 
 def sample_t(generator, mean=0.0):
@@ -32,7 +32,7 @@ def sample_t(generator, mean=0.0):
 
 
 def draw(shape, tokens, seeds, t_mean=0.0):
-    """Draws for one sample per seed; shape = (C, h, w). Noise and time come first: plain and masked training share them."""
+    """Draws for one sample per seed; shape = (C, h, w). All are always drawn: plain and masked training share noise and time."""
     rows = []
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
@@ -82,7 +82,7 @@ def edit_weight(x1, source, edit):
 
 
 def velocity(output, x_t, t, prediction):
-    """The velocity dx_t/dt = x1 - x0 that the network's output implies."""
+    """The velocity dx_t/dt = x1 - x0 that the network's output implies; the bounds keep the divisions finite at both ends."""
     t = t[:, None, None, None]
     if prediction == "noise":                                # x1 = (x_t - (1 - t) x0) / t
         return (x_t - output) / t.clamp(min=0.02)
@@ -114,17 +114,13 @@ def magd_loss(model, x1, condition, draws, p_magd=0.0, tau=0.7, r_mask=0.25, mas
               prediction="velocity", corruption="noise-mask"):
     """Eq. 6: the masked loss (Eq. 5) for the samples that token_mask selects, the plain loss (Eq. 3) for the others.
 
-    Both are one batch and one forward. x1 (B, C, h, w) -> loss per sample (B,) and masked (B, N) or None.
+    Both are one batch and one forward. x1 (B, C, h, w) -> loss per sample (B,) and masked (B, N), True = hidden.
     The error is taken on the velocity; for `noise` on the noise itself, as Eq. 3 and 5 are printed.
     mask_tokens None: the mask token is zero. p_magd = 0 is the plain loss, bit for bit. weight: see edit_weight.
     """
-    x0, t, masked, replace, mask_token = draws.x0, draws.t, None, None, None
-    if p_magd > 0:
-        masked = token_mask(draws, p_magd, tau, r_mask)                                   # (B, N)
-        x_t, x0, t, replace = corrupt(x1, draws, masked, corruption)
-        mask_token = x1.new_zeros(len(x1), 1) if mask_tokens is None else mask_tokens(draws.pick)
-    else:
-        x_t = forward_process(x1, x0, t)
+    masked = token_mask(draws, p_magd, tau, r_mask)                                       # (B, N)
+    x_t, x0, t, replace = corrupt(x1, draws, masked, corruption)
+    mask_token = x1.new_zeros(len(x1), 1) if mask_tokens is None else mask_tokens(draws.pick)             # (B, D) or (B, 1)
     output = model(x_t, t, condition, replace, mask_token)                                # (B, C, h, w)
     if prediction == "noise":
         error = output - x0

@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from data import (BACKGROUNDS, CAPTIONS, COLORS, EDITS, LIGHTS, NUMBERS, RELATIONS, STYLES, WHOLE, WORLDS, Scene, Shapes, Thing,
                   add_command, corner, lit, open_image, plural, read_instruction, related, sheet, sprite, wrap)
-from model import InputError, optional, read_json
+from model import InputError, check_shapes, optional, processes, read_json
 
 # A cell that differs from the best drawing of it by more than this (root mean square, images in [0, 1]) is not readable.
 TOLERANCE = 0.15
@@ -100,7 +100,7 @@ def carried_out(world, edit, before, after, readable, edits=()):
     what one of them removes leaves its cell to what another adds."""
     seen = {t.cell: t for t in after.things if readable[t.cell]}
     if edit.task in WHOLE:
-        return {"background": after.background, "global": after.light, "style": after.style}[edit.task] == edit.value
+        return getattr(after, WHOLE[edit.task][0]) == edit.value
     name = f"{edit.color} {edit.shape}"
     if edit.task == "add":
         for thing in seen.values():
@@ -131,11 +131,8 @@ def kept(world, edits, before, after, readable):
     cell that is empty or becomes so.
     """
     tasks = [edit.task for edit in edits]
-    facts = [] if "background" in tasks else [before.background == after.background]
-    if "global" in world.edits and "global" not in tasks:
-        facts.append(before.light == after.light)
-    if "style" in world.edits and "style" not in tasks and before.things and after.things:
-        facts.append(before.style == after.style)
+    facts = [getattr(before, key) == getattr(after, key) for task, (key, _) in WHOLE.items() if task in world.edits
+             and task not in tasks and (task != "style" or before.things and after.things)]            # only things show a style
     was, now = ({t.cell: t for t in scene.things} for scene in (before, after))
     by_name = {f"{edit.color} {edit.shape}": edit for edit in edits if edit.shape}
     may_appear = names_of(edits, "add")
@@ -312,14 +309,10 @@ def read_weights(path):
 
 
 def fill(model, weights, names, path):
-    """Strict loading under published names; a tensor that is missing, unknown or of another shape is named."""
+    """Strict loading under published names."""
     weights = {key: value for key, value in weights.items() if not key.endswith("position_ids")}       # a counter, no weight
     ours = {published(key, names): value for key, value in model.state_dict().items()}
-    wrong = [f"{key} is missing" for key in ours if key not in weights] + [f"{key} is unknown" for key in weights if key not in ours]
-    wrong += [f"{key} has the shape {tuple(weights[key].shape)} instead of {tuple(value.shape)}" for key, value in ours.items()
-              if key in weights and weights[key].shape != value.shape]
-    if wrong:
-        raise InputError(f"{path}: the weights do not fit: {'; '.join(wrong[:3])}" + f"; and {len(wrong) - 3} more" * (len(wrong) > 3))
+    check_shapes(path, *({key: tuple(value.shape) for key, value in some.items()} for some in (ours, weights)))
     model.load_state_dict({key: weights[published(key, names)].float() for key in model.state_dict()}, assign=True)
     return model.eval()
 
@@ -428,7 +421,7 @@ def direction_pixels(image, size=224):
 def direction(source, output, source_text, output_text):
     """CLIP-Dir of features (B, D): the cosine of the change of the images with the change of the captions.
 
-    Each is normalised before the subtraction. nan where a change is zero (two captions alike): undefined, to be counted.
+    Each is normalised before the subtraction. nan where two captions are alike: undefined, to be counted.
     """
     a, b = (F.normalize(y, dim=-1) - F.normalize(x, dim=-1) for x, y in ((source, output), (source_text, output_text)))
     cosine = F.cosine_similarity(a, b, dim=-1)
@@ -497,7 +490,7 @@ def toy_model(path, device="cpu"):
 def toy(flags):
     """Table by task and complexity of a toy model on both held-out sets, between the two ends of the scale."""
     from sample import evaluate
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = processes()[2]
     model, tokenizer, trained = toy_model(flags.ckpt, device)
     groups, seconds = {}, 0.0
     for split in ("iid", "novel"):
@@ -553,7 +546,7 @@ def grid(flags):
 def pauses(flags):
     """Edits of a toy model with 0, 8, 16, 32 pause tokens, with as many words "the" in their place, and with four seeds each."""
     from sample import evaluate, select
-    out, device = Path(flags.out), "cuda" if torch.cuda.is_available() else "cpu"
+    out, device = Path(flags.out), processes()[2]
     if not out.parent.is_dir():
         raise InputError(f"--out {out}: there is no folder {out.parent}")
     model, tokenizer, trained = toy_model(flags.ckpt, device)
@@ -730,7 +723,7 @@ def read_results(folder):
         for number, line in enumerate(file.read_text().splitlines(), 1):
             try:
                 rows.append(json.loads(line))
-                rows[-1]["id"], rows[-1]["pauses"], rows[-1]["seed"]
+                rows[-1]["id"], rows[-1]["pauses"], rows[-1]["seed"]                       # have to be there
             except (ValueError, KeyError, TypeError) as error:
                 raise InputError(f"{file}:{number}: not a line of sample.py --data ({error!r})") from None
     if not rows:
@@ -802,11 +795,11 @@ def markdown(header, lines):
 
 def score(flags):
     """CLIP-I, DINO, CLIP-T, CLIP-Dir, L1, L2 and the share of copies of a folder of edits, by task, beside the unchanged source."""
-    device, folder = "cuda" if torch.cuda.is_available() else "cpu", Path(flags.folder)
-    (folder / "scores.jsonl").unlink(missing_ok=True)
-    rows = read_results(folder)
+    device, folder = processes()[2], Path(flags.folder)
     clip, tokenizer = load_clip(flags.clip, device)
     dino = load_dino(flags.dino, device, eps=1e-6)        # the norm of the original code, which MagicBrush's evaluator runs
+    (folder / "scores.jsonl").unlink(missing_ok=True)      # read_results would prefer it
+    rows = read_results(folder)
     against = flags.against or ("target" if all(row.get("target") for row in rows) else "source")
     done, cut = [], 0
     for start in tqdm(range(0, len(rows), flags.batch), desc="scores"):
@@ -844,12 +837,9 @@ LIMITS = {"dino": 0.91, "clip_dir": 0.09, "faithfulness": 0.9, "adherence": 1.0}
 def pick(A, Fa, first, least=-math.inf):
     """Of each item's candidates, A and Fa (items, candidates), the best by `first` ("adherence" or "faithfulness") among those
     whose other score is at least `least`; the other score breaks ties -> index (items,), -1 where none passes."""
-    chosen = []
-    for a, f in zip(A, Fa):
-        ranked = [((x, y) if first == "adherence" else (y, x), k) for k, (x, y) in enumerate(zip(a, f))
-                  if (y if first == "adherence" else x) >= least]
-        chosen.append(max(ranked)[1] if ranked else -1)
-    return np.array(chosen)
+    ranked, other = (A, Fa) if first == "adherence" else (Fa, A)
+    return np.array([max((k for k in range(len(a)) if b[k] >= least), key=lambda k: (a[k], b[k]), default=-1)
+                     for a, b in zip(ranked, other)])
 
 
 def protocol(A, Fa, min_faithfulness, min_adherence, resamples=1000):

@@ -161,10 +161,9 @@ class RMSNorm(nn.Module):
 
 
 def rotate(x, rope):
-    """RoPE on x (..., B, H, L, E) in half-split pairs (i, i + E/2); rope = cos, sin, each (B, 1, L, E)."""
+    """RoPE on x (B, H, L, E) in half-split pairs (a, b) = (i, i + E/2): (a cos - b sin, b cos + a sin); rope as from Transformer.rope."""
     cos, sin = rope
-    a, b = x.chunk(2, dim=-1)
-    return x * cos.to(x.dtype) + torch.cat([-b, a], dim=-1) * sin.to(x.dtype)
+    return x * cos.to(x.dtype) + x.roll(x.shape[-1] // 2, dims=-1) * sin.to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -239,7 +238,7 @@ def position_table(cfg):
 
 
 def timestep_features(t):
-    """t (B,) in [0, 1], not times 1000 -> (B, 256)"""
+    """t (B,), of OmniGen in [0, 1], not times 1000 -> (B, 256)"""
     frequency = 10000.0 ** (-torch.arange(128, dtype=torch.float32, device=t.device) / 128)
     angle = t.float()[:, None] * frequency                                                # (B, 128)
     return torch.cat([angle.cos(), angle.sin()], dim=1)                                   # (B, 256)
@@ -327,7 +326,7 @@ class Transformer(nn.Module):
         return table[top:top + rows, left:left + columns].flatten(0, 1).to(self.x_embedder.proj.weight.dtype)
 
     def rope(self, position, long):
-        """position (B, L), long (B,) -> cos, sin (B, 1, L, E) in float32."""
+        """position (B, L), long (B,) -> cos and sin, which is negative in its first half, (B, 1, L, E) in float32."""
         cfg, device = self.cfg, position.device
         half = cfg.width // cfg.heads // 2
         frequency = cfg.rope_theta ** (-torch.arange(half, device=device, dtype=torch.float32) / half)    # (E/2,)
@@ -337,8 +336,9 @@ class Transformer(nn.Module):
             frequency = frequency / factors[long.long()][:, None]                         # (B, 1, E/2)
             # the magnitude belongs to the model, not to the sequence: it stays when the short factors are in use
             scale = math.sqrt(1 + math.log(cfg.max_positions / cfg.original_positions) / math.log(cfg.original_positions))
-        angle = (position[..., None] * frequency)[:, None].repeat(1, 1, 1, 2)             # (B, 1, L, E)
-        return angle.cos() * scale, angle.sin() * scale
+        angle = (position[..., None] * frequency)[:, None]                                # (B, 1, L, E/2)
+        cos, sin = angle.cos() * scale, angle.sin() * scale
+        return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)              # (B, 1, L, E) each
 
     def compile_blocks(self):
         """Let torch.compile fuse what a block does between its matrix products. One graph serves all lengths, but each way in which
@@ -378,7 +378,7 @@ class Transformer(nn.Module):
         x = self.x_embedder(patchify(x_t, P))                                             # (B, N, D)
         if masked is not None:
             x = torch.where(masked[:, :, None], mask_token[:, None].to(x.dtype), x)       # its position stays
-        x = x + self.positions(x_t.shape[2] // P, x_t.shape[3] // P)                      # float32 from here on under autocast
+        x = x + self.positions(x_t.shape[2] // P, x_t.shape[3] // P)                      # under autocast the stream of the blocks is float32
         features = timestep_features(t * self.cfg.time_scale).to(self.pos_embed.dtype)    # (B, 256)
         return torch.cat([self.time_token(features)[:, None].to(x.dtype), x], dim=1), features                # (B, 1 + N, D)
 
@@ -608,6 +608,14 @@ def read_json(path):
         raise InputError(f"{path}: not JSON ({error})") from None
 
 
+def check_shapes(path, expected, found):
+    """{name: shape} of a model and of a file: a tensor that is missing, unknown or of another shape is named."""
+    wrong = [f"{key} is missing" for key in expected if key not in found] + [f"{key} is unknown" for key in found if key not in expected]
+    wrong += [f"{key} has the shape {found[key]} instead of {shape}" for key, shape in expected.items() if found.get(key, shape) != shape]
+    if wrong:
+        raise InputError(f"{path}: the weights do not fit: {'; '.join(wrong[:3])}" + f"; and {len(wrong) - 3} more" * (len(wrong) > 3))
+
+
 def load_weights(model, path, dtype, device):
     """Give a model made on the device `meta` its weights from a .safetensors file, or from its shards, one tensor at a time.
 
@@ -625,13 +633,7 @@ def load_weights(model, path, dtype, device):
                 where |= {key: (file, tuple(tensors.get_slice(key).get_shape())) for key in tensors.keys()}
         except safetensors.SafetensorError as error:
             raise InputError(f"{file}: not a whole .safetensors file ({error}); get it again") from None
-    wrong = [f"{key} is missing" for key in expected if key not in where]
-    wrong += [f"{key} is unknown" for key in where if key not in expected]
-    wrong += [f"{key} has the shape {where[key][1]} instead of {tuple(value.shape)}" for key, value in expected.items()
-              if key in where and where[key][1] != tuple(value.shape)]
-    if wrong:
-        raise InputError(f"{path}: the weights do not fit the config.json beside them: {'; '.join(wrong[:3])}"
-                         + f"; and {len(wrong) - 3} more" * (len(wrong) > 3))
+    check_shapes(path, {key: tuple(value.shape) for key, value in expected.items()}, {key: shape for key, (_, shape) in where.items()})
     weights = {}
     for key, (file, _) in where.items():
         with safetensors.safe_open(file, "pt") as tensors:             # opened anew each time, so that what was read is let go
@@ -728,6 +730,12 @@ def whole(value):
         return value
     value = value.full_tensor() if isinstance(value, DTensor) else value
     return value.detach().cpu() if is_first() else None
+
+
+def processes():
+    """-> rank of this process, their number (as torchrun says), its device."""
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    return rank, world, torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def is_first():

@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 import magd
 from data import (BPE, WORLDS, Words, fit, make_condition, make_prompt, omnigen_folder, open_image, prepare, read_rows, sheet,
-                  to_array, to_tensor)
+                  to_array, to_tensor, whole_lines)
 from metrics import judge
-from model import Config, InputError, Transformer, autocast, load_omnigen, load_vae
+from model import Config, InputError, Transformer, autocast, load_omnigen, load_vae, processes
 
 # ------------------------------------------------------------------------------------------- the sampler
 
@@ -48,6 +48,7 @@ def generate(model, tokenizer, prompts, images, x0, steps=50, text_scale=2.5, im
     `interval` there is no guidance and only v_full is run.
     """
     device, negative = x0.device, tokenizer.empty if negative is None else negative
+    image_scale = image_scale if any(images) else 1.0      # two branches are enough
     only_images = [make_prompt(tokenizer, "", len(own)) if own else negative for own in images]
     branches = [(text_scale, prompts, images), (image_scale - text_scale, only_images, images),
                 (1 - image_scale, [negative] * len(prompts), [[] for _ in prompts])]
@@ -84,11 +85,12 @@ def noise(shape, seeds, device):
 
 def select(scores, threshold):
     """Sec. 6.1: among the candidates with faithfulness >= threshold the one of highest adherence; if none passes, the most
-    faithful. Ties go to the first. scores: list of dicts -> (index, did any pass?)"""
-    passing = [k for k, score in enumerate(scores) if score["faithfulness"] >= threshold]
+    faithful. The other score breaks ties, then the order. scores: list of dicts -> (index, did any pass?)"""
+    both = [(score["adherence"], score["faithfulness"]) for score in scores]
+    passing = [k for k, (_, faithfulness) in enumerate(both) if faithfulness >= threshold]
     if passing:
-        return max(passing, key=lambda k: scores[k]["adherence"]), True
-    return max(range(len(scores)), key=lambda k: scores[k]["faithfulness"]), False
+        return max(passing, key=both.__getitem__), True
+    return max(range(len(both)), key=lambda k: both[k][::-1]), False
 
 
 def evaluate(model, tokenizer, dataset, indices, steps=20, text_scale=1.0, image_scale=1.0, interval=(0.0, 1.0), pauses=0, seed=0,
@@ -115,6 +117,8 @@ def evaluate(model, tokenizer, dataset, indices, steps=20, text_scale=1.0, image
 def load_checkpoint(path, device="cpu"):
     """A checkpoint of train.py -> model with its averaged weights, tokenizer, the flags it was trained with."""
     state = read_checkpoint(path)
+    if state["words"] is None:
+        raise InputError(f"{path}: a fine-tuned OmniGen; give --init omnigen:{Path(path).parent / 'export'} instead")
     model = Transformer(Config(**state["config"])).init_weights()
     try:
         model.load_state_dict({**state["model"], **state["ema"]}, strict=True)
@@ -256,23 +260,21 @@ def edit_file(editor, flags, device):
 
     Continues where a killed run stopped. Under torchrun the processes share the rows.
     """
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world, _ = processes()
     out, toy = Path(flags.out), WORLDS.get((editor[3] or {}).get("data"))
     settings = {key: getattr(flags, key) for key in ("ckpt", "init", "steps", "text_scale", "image_scale", "guidance_interval",
-                                                    "negative_prompt")}
+                                                    "negative_prompt", "pause_token")}
+    settings |= {"data": str(Path(flags.data).resolve()), "size": list(flags.size)}
     try:
         out.mkdir(parents=True, exist_ok=True)
         results = out / f"results.{rank}.jsonl"
-        lines = [line for line in (results.read_text() if results.exists() else "").splitlines(keepends=True) if line.endswith("\n")]
-        results.write_text("".join(lines))                 # a killed run may have left half a line
+        results.write_text("".join(whole_lines(results)))
     except OSError as error:
         raise InputError(f"--out {out}: cannot write there ({error.strerror})") from None
     done = {}
     for file in sorted(out.glob("results.*.jsonl")):
-        for line in file.read_text().splitlines(keepends=True):
-            if line.endswith("\n"):
-                row = json.loads(line)
-                done[row["id"], row["pauses"], row["seed"]] = row["settings"]
+        for row in map(json.loads, whole_lines(file)):
+            done[row["id"], row["pauses"], row["seed"]] = row["settings"]
     if any(value != settings for value in done.values()):
         raise InputError(f"--out {out}: it holds results of {next(v for v in done.values() if v != settings)}, not of {settings}")
     rows = read_rows(flags.data, targets=False)
@@ -304,7 +306,7 @@ def edit_file(editor, flags, device):
 
 def main():
     flags = parse_flags()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    device = processes()[2]
     if flags.data:
         return edit_file(load_editor(flags, device), flags, device)
     out = Path(flags.out)

@@ -39,17 +39,17 @@ from data import (BPE, WORLDS, Latents, Pairs, Shapes, Words, cache_header, make
                   sheet, to_array, to_tensor, wrap)
 from metrics import SCORES, breakdown
 from model import (Config, InputError, Transformer, autocast, fast_bf16, flops, is_first, load_omnigen, load_vae, own_part,
-                   save_omnigen, whole)
+                   processes, save_omnigen, whole)
 from sample import evaluate, generate, load_checkpoint, noise, read_checkpoint
 
-PRESETS = {                               # the flags that have no default of their own are set in each
+PRESETS = {                               # values that differ from the defaults below; OmniGen's sizes come from its config.json
     "toy": dict(data="shapes", size=16, patch=4, width=256, layers=3, heads=8, mlp=512, batch=64, steps=1300, lr=6e-3, muon_lr=0.03,
                 t_mean=-0.8),
     "small": dict(data="simple", size=16, patch=4, width=128, layers=3, heads=4, mlp=256, batch=64, steps=1000, lr=6e-3, muon_lr=0.03,
                   t_mean=-0.4, eval_steps=10),             # for experiments: many runs of some minutes
     "shapes64": dict(data="shapes64", size=64, patch=4, width=384, layers=8, heads=6, mlp=1024, batch=256, steps=10000, lr=1e-3,
                      muon_lr=0.01, p_plan=0.5, p_masked_source=0.5, ema=0.999, warmup=200, workers=8),
-    "omnigen": dict(size=1024, patch=2, batch=128, micro_batch=1, steps=3200, lr=1e-4, muon_lr=0.0, warmup=800, ema=0.0, edit_weight=True,
+    "omnigen": dict(size=1024, batch=128, micro_batch=1, steps=3200, lr=1e-4, muon_lr=0.0, warmup=800, ema=0.0, edit_weight=True,
                     p_plan=0.5, p_masked_source=0.5, checkpointing=True, eval_steps=50, text_scale=2.5, image_scale=1.5, workers=8,
                     log_every=1),
 }
@@ -131,7 +131,7 @@ def parse_flags():
         p.error("--corruption mask-noise blanks patches, which needs --mask-token zero; mask needs --prediction velocity")
     omnigen = (flags.init or "").startswith("omnigen:")
     if flags.preset == "omnigen" or omnigen:
-        own = [f"--{name}" for name in ("width", "layers", "heads", "mlp") if getattr(flags, name)]
+        own = [f"--{name}" for name in ("patch", "width", "layers", "heads", "mlp") if getattr(flags, name)]
         if not omnigen or not flags.data or flags.data in WORLDS or own or flags.preset != "omnigen" or flags.muon_lr:
             p.error("to fine-tune OmniGen-v1: --preset omnigen --init omnigen:FOLDER --data FILE.jsonl; its sizes come from the "
                     "weights" + f", not from {', '.join(own)}" * bool(own) + ", and it is trained by AdamW alone")
@@ -291,9 +291,7 @@ def main():
 
     # ------------------------------------------------------------------ processes and device
     omnigen = flags.preset == "omnigen"
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    rank, world, device = processes()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend, bf16 = "nccl" if device.type == "cuda" else "gloo", flags.bf16 and fast_bf16(device)
@@ -334,6 +332,7 @@ def main():
     else:
         dataset = Shapes(flags.data, "train", flags.seed) if flags.data in WORLDS else Pairs(flags.data, flags.size, flags.seed)
         tokenizer = Words(dataset.words)
+        # an image spans 64 positions of the table, whatever its size, and times run to 1000, as in DiT
         cfg = Config(vocab=len(tokenizer), width=flags.width, layers=flags.layers, heads=flags.heads, mlp=flags.mlp, channels=3,
                      patch=flags.patch, grid=flags.size // flags.patch, grid_step=64 / (flags.size // flags.patch),
                      time_scale=1000.0, qk_norm=True, prediction=flags.prediction)
@@ -355,7 +354,7 @@ def main():
     # ------------------------------------------------------------------ optimizers, averaged weights
     weights = list(raw_model.parameters())
     parameters = weights + (list(raw_mask_tokens.parameters()) if learned else [])
-    average = [p.detach().clone() for p in weights] if flags.ema else None    # the weights that are used in the end
+    average = [p.detach().clone() for p in weights] if flags.ema else []      # the weights that are used in the end
     matrices = {id(p): p for p in raw_model.llm.layers.parameters() if p.ndim == 2} if flags.muon_lr else {}
     optimizers = [torch.optim.AdamW([p for p in parameters if id(p) not in matrices], flags.lr, betas=(0.9, 0.95),
                                     weight_decay=flags.weight_decay, fused=True)]
@@ -401,12 +400,12 @@ def main():
         say(f"resuming at step {first}")
 
     # ------------------------------------------------------------------ loop
-    log = []
     if main_process:
         log = [line for line in open(out / "log.jsonl") if json.loads(line)["step"] <= first]       # what is redone goes
         (out / "log.jsonl").write_text("".join(log))
     stop = []
     signal.signal(signal.SIGINT, lambda *_: stop.append(True))
+    # sums since the last log line: loss in four bins of t, samples in each, masked samples, masked tokens, norm, Ctrl-C, TFLOP
     stats = torch.zeros(13, device=device)
     peak = next((value for name, value in PEAK_TFLOPS.items() if device.type == "cuda" and name in torch.cuda.get_device_name()), None)
     # this process takes every world-th micro-batch of the order, from the first one that is not done yet
@@ -429,9 +428,8 @@ def main():
                 bins = (4 * draws.t).long().clamp(max=3)                                  # (B,)
                 stats[:4].index_add_(0, bins, losses.float())
                 stats[4:8].index_add_(0, bins, torch.ones_like(losses, dtype=torch.float32))
-                if masked is not None:
-                    stats[8] += masked.any(dim=1).sum()
-                    stats[9] += masked.float().mean() * len(masked)
+                stats[8] += masked.any(dim=1).sum()
+                stats[9] += masked.float().mean() * len(masked)
                 stats[12] += work / 1e12
         norm = torch.nn.utils.clip_grad_norm_(parameters, flags.clip)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -439,15 +437,15 @@ def main():
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
-            decay = min(flags.ema, (step + 1) / (step + 10))
-            for mean, value in zip(average or (), weights):
+            decay = min(flags.ema, (step + 1) / (step + 10))                               # the first weights are soon forgotten
+            for mean, value in zip(average, weights):
                 mean.lerp_(value, 1 - decay)
             stats[10] += norm
             stats[11] += bool(stop)
 
         done = step + 1
         due = done % flags.save_every == 0 or done == flags.steps
-        if not (done % flags.log_every == 0 or due):
+        if not (done % flags.log_every == 0 or done % flags.sample_every == 0 or due):
             continue
         if world > 1:
             dist.all_reduce(stats)
@@ -474,16 +472,16 @@ def main():
             names = [name for name, _ in raw_model.named_parameters()]
             state = whole({"step": done, "seconds": seconds + now - start, "config": asdict(cfg), "flags": vars(flags),
                            "words": None if omnigen else tokenizer.words, "model": raw_model.state_dict(),
-                           "ema": dict(zip(names, average)) if average else {},
+                           "ema": dict(zip(names, average)),
                            "mask_tokens": raw_mask_tokens.state_dict() if learned else None,
                            "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
             if main_process:
                 save(last, state)
             del state
         if done % flags.sample_every == 0 and (main_process or omnigen):                  # a sharded model needs all processes
-            swap(weights, average or ())
+            swap(weights, average)
             preview(raw_model, tokenizer, dataset, flags, device, out / "samples" / f"step_{done:06d}.png", vae)
-            swap(weights, average or ())
+            swap(weights, average)
         if values[11]:
             bar.close()
             say(f"stopped at step {done} of {flags.steps}; {last} is saved. Go on with the same command and --resume.")
@@ -492,7 +490,7 @@ def main():
     seconds += time.perf_counter() - start
 
     # ------------------------------------------------------------------ how good is it?
-    swap(weights, average or ())
+    swap(weights, average)
     result = {"seconds": seconds, "steps": flags.steps, "images": flags.steps * flags.batch, "parameters": count, "seed": flags.seed,
               "preset": flags.preset, "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "processes": world,
               "torch": torch.__version__, "flags": vars(flags)}
@@ -514,10 +512,10 @@ def main():
         result["l1"], result["l1_identity"] = preview(raw_model, tokenizer, dataset, flags, device, picture, vae)
     if omnigen:
         save_omnigen(raw_model, out / "export")
-        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vae") if main_process else ():
-            copy = shutil.copytree if (folder / name).is_dir() else shutil.copyfile
-            if (folder / name).exists():
-                copy(folder / name, out / "export" / name, **{"dirs_exist_ok": True} if copy is shutil.copytree else {})
+        if main_process:
+            shutil.copytree(folder / "vae", out / "export" / "vae", dirs_exist_ok=True)
+            for file in [*folder.glob("tokenizer*.json"), *folder.glob("special_tokens_map.json")]:
+                shutil.copyfile(file, out / "export" / file.name)
         say(f"wrote {out / 'export'}: python sample.py --init omnigen:{out / 'export'}")
     if main_process:
         with open(out / "result.json.tmp", "w") as file:

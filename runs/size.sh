@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Does masking help more, or less, with more steps and in larger models? 100 to 1,600 steps of fine-tuning; widths 64, 128 and 192.
+# Does masking help more, or less, with more steps and in larger models? 100 to 800 steps of fine-tuning; widths 64, 128 and 192.
 source "$(dirname "$0")/study.sh"
 finetunes <<'END'
 plain-steps-100 --p-magd 0 --steps 100
 magd-steps-100 --p-magd 0.5 --steps 100
-plain-steps-1600 --p-magd 0 --steps 1600
-magd-steps-1600 --p-magd 0.5 --steps 1600
+plain-steps-800 --p-magd 0 --steps 800
+magd-steps-800 --p-magd 0.5 --steps 800
 END
 for size in "64 2 128" "192 6 384"; do
     read -r width heads mlp <<< "$size"

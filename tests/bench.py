@@ -22,6 +22,7 @@ import magd  # noqa: E402
 from metrics import markdown  # noqa: E402
 from model import PADDING, TEXT, VAE, Condition, Config, Transformer, attention_rule, autocast, fast_bf16, flops  # noqa: E402
 from sample import euler  # noqa: E402
+from train import Muon  # noqa: E402
 
 # name: configuration, target and reference (h, w) in latent pixels, text tokens, training batch
 SIZES = {"toy": (Config(vocab=80, width=256, layers=3, heads=8, mlp=512, channels=3, patch=4, grid=4, qk_norm=True), (16, 16), 8, 64),
@@ -170,12 +171,27 @@ def speed(name, device, repeats):
     if other is not None:
         single = padded_inputs(cfg, one, size, dtype)
 
-        def train():
+        def train_theirs():
             other.zero_grad(set_to_none=True)
             v = other(x[:1].to(dtype), t[:1], **single)[0]
             (v.float() - (x[:1] - draws.x0)).square().mean().backward()
-        reference = seconds(train, device, repeats)
-    note(f"training, forward and backward, batch {batch}", took, 3 * batch * flops(cfg, one.kind[0], N), batch, other and reference)
+        reference = seconds(train_theirs, device, repeats)
+    work = 3 * batch * flops(cfg, one.kind[0], N)
+    note(f"training, forward and backward, batch {batch}", took, work, batch, other and reference)
+
+    if name == "toy":                                      # with its optimizers; OmniGen's is AdamW alone, which is no arithmetic to speak of
+        matrices = {id(p): p for p in model.llm.layers.parameters() if p.ndim == 2}
+        optimizers = [Muon(matrices.values(), 1e-3, dtype=half),
+                      torch.optim.AdamW([p for p in model.parameters() if id(p) not in matrices], 1e-3, fused=True)]
+
+        def step():
+            train()
+            for optimizer in optimizers:
+                optimizer.step()
+        for m in matrices.values():                        # five steps of Newton-Schulz: x x^T, a a, a x
+            r, c = sorted(m.shape)
+            work += 5 * 2 * (2 * r * r * c + r**3)
+        note(f"training step with Muon, batch {batch}", measure(step), work, batch)
 
     if full:                                               # a whole edit: autoencoder, encode, 50 steps, autoencoder
         vae = VAE().to(device).eval()

@@ -84,7 +84,7 @@ def test_pause_tokens_stand_at_the_end_and_zero_of_them_change_nothing():
 
 def test_selection_by_threshold_then_adherence():
     scores = [{"adherence": a, "faithfulness": f} for a, f in [(1.0, 0.5), (0.5, 0.95), (0.7, 0.91), (0.7, 1.0)]]
-    assert select(scores, 0.9) == (2, True)                # the first of the two best that pass
+    assert select(scores, 0.9) == (3, True)                # the more faithful of the two best that pass
     assert select(scores, 0.92) == (3, True)
     assert select(scores[:3], 0.99) == (1, False)          # none passes: the most faithful
 
