@@ -497,7 +497,7 @@ def toy(flags):
         dataset = Shapes(trained["data"], split, trained["seed"])
         start = time.perf_counter()
         rows = evaluate(model, tokenizer, dataset, range(flags.examples), flags.steps, flags.text_scale, flags.image_scale,
-                        flags.guidance_interval, flags.pauses, device=device)
+                        flags.guidance_interval, flags.pauses, flags.plans, device=device)
         seconds += time.perf_counter() - start
         groups[split] = breakdown(rows)
         print(f"\n{split}: {flags.examples} examples, {flags.steps} Euler steps, {flags.pauses} pause tokens")
@@ -510,7 +510,7 @@ def toy(flags):
             print(f"{name:16}{len(edits):8}" + "".join(f"{values[score]:14.3f}" for score in SCORES))
     picture = Path(flags.out or Path(flags.ckpt).with_name("toy.png"))
     bars(f"{flags.ckpt}: {flags.examples} held-out examples each", groups, picture)
-    settings = {key: getattr(flags, key) for key in ("steps", "pauses", "text_scale", "image_scale", "guidance_interval")}
+    settings = {key: getattr(flags, key) for key in ("steps", "pauses", "plans", "text_scale", "image_scale", "guidance_interval")}
     picture.with_suffix(".json").write_text(json.dumps({**groups, **settings, "seconds": seconds}))
     print(f"\nsampled and judged in {seconds:.1f} s; wrote {picture} and {picture.with_suffix('.json')}")
 
@@ -556,7 +556,7 @@ def pauses(flags):
     indices = some_edits(dataset, flags.examples)
     counts, seeds = (0, 8, 16, 32), range(4)
     rows = {(kind, count, seed): evaluate(model, words, dataset, indices, flags.steps, flags.text_scale, flags.image_scale,
-                                            flags.guidance_interval, count, seed, device=device, progress=False)
+                                            flags.guidance_interval, count, seed=seed, device=device, progress=False)
             for seed in tqdm(seeds, desc="seeds") for kind, words in (("pauses", tokenizer), ("fillers", filler))
             for count in counts if kind == "pauses" or count}
 
@@ -650,11 +650,14 @@ def table(flags):
     if len(columns) > len(pairs):                          # the longer side goes down the page
         header, *cells = [list(line) for line in zip(header, *cells)]
     seeds = len(set.intersection(*(set(values) for arm in arms.values() for values in arm.values())))
-    text = markdown(header, cells) + f"\n\n*{seeds} seeds; mean ± 95% interval, and in brackets the paired difference to "
-    text += ("the first" if len({reference for _, reference in pairs}) == 1 else "its own reference") + " with its interval; bold: zero is outside.*"
-    if flags.figure and any(own != reference for own, reference in pairs):
-        lines = {label(own): [compare(arms[own][column], arms[reference][column])[1:] for column in columns]
-                 for own, reference in pairs if own != reference}
+    compared = [(own, reference) for own, reference in pairs if own != reference]
+    text = markdown(header, cells) + f"\n\n*{seeds} seeds; mean ± 95% interval"
+    if compared:
+        references = dict.fromkeys(label(reference) for _, reference in compared)
+        text += f", and in brackets the paired difference to {', '.join(references)} with its interval; bold: zero is outside"
+    text += ".*"
+    if flags.figure and compared:
+        lines = {label(own): [compare(arms[own][column], arms[reference][column])[1:] for column in columns] for own, reference in compared}
         if len(lines) < len(columns):
             heads, lines = list(lines), dict(zip(heads, zip(*lines.values())))
         forest(heads, lines, flags.figure)
@@ -1025,6 +1028,7 @@ def parser():
         command.add_argument("--steps", type=int, default=20, help="Euler steps")
         command.add_argument("--out", required=out.startswith("a JSON"), help=out)
     commands.choices["toy"].add_argument("--pauses", type=int, default=0, help="pause tokens after each prompt")
+    commands.choices["toy"].add_argument("--plans", action="store_true", help="give each instruction its plan, as in training")
     for command, number in ((commands.choices["toy"], 512), (commands.choices["pauses"], 256)):
         command.add_argument("--examples", type=int, default=number, help="of each held-out set")
         command.add_argument("--text-scale", type=float, default=1.0, help="guidance by the prompt; 1 = none")

@@ -16,6 +16,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -25,7 +26,7 @@ import magd
 from data import (BPE, WORLDS, Words, fit, make_condition, make_prompt, omnigen_folder, open_image, prepare, read_rows, sheet,
                   to_array, to_tensor, whole_lines)
 from metrics import judge
-from model import Config, InputError, Transformer, autocast, load_omnigen, load_vae, processes
+from model import VAE, Config, InputError, Transformer, autocast, load_omnigen, load_vae, processes
 
 # ------------------------------------------------------------------------------------------- the sampler
 
@@ -93,16 +94,18 @@ def select(scores, threshold):
     return max(range(len(both)), key=lambda k: both[k][::-1]), False
 
 
-def evaluate(model, tokenizer, dataset, indices, steps=20, text_scale=1.0, image_scale=1.0, interval=(0.0, 1.0), pauses=0, seed=0,
-             batch=128, device="cpu", bf16=True, progress=True):
+def evaluate(model, tokenizer, dataset, indices, steps=20, text_scale=1.0, image_scale=1.0, interval=(0.0, 1.0), pauses=0, plans=False,
+             seed=0, batch=128, device="cpu", bf16=True, progress=True):
     """Edit the samples of these indices and let the oracle judge -> a list of dicts: task, complexity, scores, sample, output.
 
-    The noise is a function of the index and of `seed`, so that models, pause counts and guidance are compared on the same noise."""
+    The noise is a function of the index and of `seed`, so that models, pause counts and guidance are compared on the same noise.
+    plans: each instruction is followed by its plan, as in training (Eq. 7); the paper's editor never gets one (Eq. 8).
+    """
     size, rows = dataset.world.size, []
     for start in tqdm(range(0, len(indices), batch), desc=dataset.split, disable=not progress, leave=False):
         some = indices[start:start + batch]
         samples = [dataset.sample(index) for index in some]
-        prompts = [make_prompt(tokenizer, s.instruction, len(s.images), pauses=pauses) for s in samples]
+        prompts = [make_prompt(tokenizer, s.instruction, len(s.images), s.plan if plans else (), pauses) for s in samples]
         images = [[to_tensor(image) for image in s.images] for s in samples]
         x0 = noise((3, size, size), [index + 10**6 * seed for index in some], device)
         x = generate(model, tokenizer, prompts, images, x0, steps, text_scale, image_scale, interval=interval, bf16=bf16)
@@ -165,7 +168,7 @@ def width_and_height(text):
     sides = text.split("x")
     if len(sides) != 2 or not all(side.isdecimal() and int(side) > 0 and int(side) % 16 == 0 for side in sides):
         raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT in multiples of 16, such as 1024x768")
-    return int(sides[0]), int(sides[1])
+    return [int(side) for side in sides]
 
 
 def parse_flags():
@@ -185,8 +188,9 @@ def parse_flags():
     p.add_argument("--guidance-interval", type=two_times, default=[0.0, 1.0], help="times between which there is guidance, such as 0.1,0.6; elsewhere "
                    "one branch runs instead of three")
     p.add_argument("--negative-prompt", help="what guidance leads away from; the empty prompt of training if not given")
-    p.add_argument("--size", type=width_and_height, default=(1024, 1024), help="WIDTHxHEIGHT of OmniGen's image when there is no --image")
+    p.add_argument("--size", type=width_and_height, default=[1024, 1024], help="WIDTHxHEIGHT of OmniGen's image when there is no --image")
     p.add_argument("--pause-token", default="<|placeholder1|>", help="OmniGen's: a word of its tokenizer.json")
+    p.add_argument("--compile", action="store_true", help="torch.compile the blocks: some minutes at the start, for a long --data")
     p.add_argument("--low-memory", action="store_true", help="run the branches of guidance one by one")
     p.add_argument("--out", default="edit.png")
     flags = p.parse_args()
@@ -202,14 +206,29 @@ def parse_flags():
     return flags
 
 
+class Editor(NamedTuple):
+    model: Transformer
+    tokenizer: Words | BPE
+    vae: VAE | None                       # None: the model works in pixels
+    trained: dict | None                  # the flags it was trained with; None: OmniGen
+
+    @property
+    def world(self):
+        """The toy world whose oracle can judge its edits, or None."""
+        return WORLDS.get((self.trained or {}).get("data"))
+
+
 def load_editor(flags, device):
-    """-> model, tokenizer, vae (None: the model works in pixels), the flags it was trained with (None: OmniGen)."""
     if flags.ckpt:
         model, tokenizer, trained = load_checkpoint(flags.ckpt, device)
-        return model, tokenizer, None, trained
-    folder = omnigen_folder(flags.init)
-    model = load_omnigen(folder, torch.bfloat16 if device.type == "cuda" else torch.float32, device).eval()
-    return model, BPE(folder, flags.pause_token, model.cfg.max_positions), load_vae(folder / "vae", device), None
+        editor = Editor(model, tokenizer, None, trained)
+    else:
+        folder = omnigen_folder(flags.init)
+        model = load_omnigen(folder, torch.bfloat16 if device.type == "cuda" else torch.float32, device).eval()
+        editor = Editor(model, BPE(folder, flags.pause_token, model.cfg.max_positions), load_vae(folder / "vae", device), None)
+    if flags.compile:
+        editor.model.compile_blocks()
+    return editor
 
 
 def open_source(path, trained):
@@ -260,11 +279,10 @@ def edit_file(editor, flags, device):
 
     Continues where a killed run stopped. Under torchrun the processes share the rows.
     """
-    rank, world, _ = processes()
-    out, toy = Path(flags.out), WORLDS.get((editor[3] or {}).get("data"))
+    rank, count, _ = processes()
+    out = Path(flags.out)
     settings = {key: getattr(flags, key) for key in ("ckpt", "init", "steps", "text_scale", "image_scale", "guidance_interval",
-                                                    "negative_prompt", "pause_token")}
-    settings |= {"data": str(Path(flags.data).resolve()), "size": list(flags.size)}
+                                                    "negative_prompt", "pause_token", "data", "size")}
     try:
         out.mkdir(parents=True, exist_ok=True)
         results = out / f"results.{rank}.jsonl"
@@ -279,15 +297,17 @@ def edit_file(editor, flags, device):
         raise InputError(f"--out {out}: it holds results of {next(v for v in done.values() if v != settings)}, not of {settings}")
     rows = read_rows(flags.data, targets=False)
     todo = [(number, row, p, s) for number, row in rows for p in flags.pauses for s in flags.seeds
-            if number % world == rank and (number, p, s) not in done]
+            if number % count == rank and (number, p, s) not in done]
     with open(results, "a") as file:
         for number, row, pauses, seed in tqdm(todo, desc="edits", disable=rank > 0):
             try:
-                sources = [open_source(path, editor[3]) for path in row["input_images"]]
+                sources = [open_source(path, editor.trained) for path in row["input_images"]]
                 output, _ = edit(editor, flags, sources, row["instruction"], pauses, seed, device, progress=False)
-                scores = {} if toy is None else judge(toy, sources[0] if sources else None, row["instruction"], output)
-                if toy and sources:
-                    scores["identity"] = judge(toy, sources[0], row["instruction"], sources[0])
+                source, scores = sources[0] if sources else None, {}
+                if editor.world:
+                    scores = judge(editor.world, source, row["instruction"], output)
+                if editor.world and sources:
+                    scores["identity"] = judge(editor.world, source, row["instruction"], source)
             except InputError as error:
                 raise InputError(f"{flags.data}:{number}: {error}") from None
             path = out / output_path(row, number, pauses, seed)
@@ -301,7 +321,7 @@ def edit_file(editor, flags, device):
                     **{key: value and os.path.relpath(value, out) for key, value in paths.items()}}
             file.write(json.dumps(line) + "\n")
             file.flush()
-    print(f"{out}: {len(todo)} new edits, {len(rows) * len(flags.pauses) * len(flags.seeds)} in all" + f" (process {rank})" * (world > 1))
+    print(f"{out}: {len(todo)} new edits, {len(rows) * len(flags.pauses) * len(flags.seeds)} in all" + f" (process {rank})" * (count > 1))
 
 
 def main():
@@ -313,8 +333,7 @@ def main():
     if out.suffix.lower() not in (".png", ".jpg", ".jpeg") or not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
         raise InputError(f"--out {out}: a .png or .jpg file in a folder that exists and can be written is needed")
     editor = load_editor(flags, device)
-    world = WORLDS.get((editor[3] or {}).get("data"))
-    sources = [open_source(path, editor[3]) for path in flags.image]
+    sources = [open_source(path, editor.trained) for path in flags.image]
 
     records, outputs, start = [], [], time.perf_counter()
     for pauses, seed in itertools.product(flags.pauses, flags.seeds):
@@ -326,9 +345,9 @@ def main():
     print(f"{width} x {height} pixels, {tokens} tokens; {len(records)} candidates of {flags.steps} steps, {seconds:.3f} s a step")
 
     chosen = 0
-    if world:
+    if editor.world:
         for record, output in zip(records, outputs):
-            record.update(judge(world, sources[0] if sources else None, flags.prompt, output))
+            record.update(judge(editor.world, sources[0] if sources else None, flags.prompt, output))
         chosen, passed = select(records, flags.threshold)
         if not passed:
             print(f"no candidate reaches faithfulness {flags.threshold}: the most faithful one is chosen")

@@ -48,10 +48,9 @@ PRESETS = {                               # values that differ from the defaults
     "small": dict(data="simple", size=16, patch=4, width=128, layers=3, heads=4, mlp=256, batch=64, steps=1000, lr=6e-3, muon_lr=0.03,
                   t_mean=-0.4, eval_steps=10),             # for experiments: many runs of some minutes
     "shapes64": dict(data="shapes64", size=64, patch=4, width=384, layers=8, heads=6, mlp=1024, batch=256, steps=10000, lr=1e-3,
-                     muon_lr=0.01, p_plan=0.5, p_masked_source=0.5, ema=0.999, warmup=200, workers=8),
+                     muon_lr=0.01, p_plan=0.5, p_masked_source=0.5, ema=0.999, warmup=200),
     "omnigen": dict(size=1024, batch=128, micro_batch=1, steps=3200, lr=1e-4, muon_lr=0.0, warmup=800, ema=0.0, edit_weight=True,
-                    p_plan=0.5, p_masked_source=0.5, checkpointing=True, eval_steps=50, text_scale=2.5, image_scale=1.5, workers=8,
-                    log_every=1),
+                    p_plan=0.5, p_masked_source=0.5, checkpointing=True, eval_steps=50, text_scale=2.5, image_scale=1.5, log_every=1),
 }
 PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100": 989, "A100": 312, "L40": 181, "RTX 4090": 165, "A10": 125}   # dense bf16
 
@@ -118,7 +117,7 @@ def parse_flags():
     # system
     p.add_argument("--bf16", action=switch, default=True, help="bf16 matrix products where the device is fast at them")
     p.add_argument("--compile", action=switch, default=False, help="torch.compile the blocks: some minutes at the start")
-    p.add_argument("--workers", type=none_or_more, default=0, help="processes that make batches ahead")
+    p.add_argument("--workers", type=none_or_more, help="processes that make batches ahead; with a GPU 8, without 0 if not given")
     p.add_argument("--log-every", type=count, default=20)
     p.add_argument("--save-every", type=count, default=200)
     p.add_argument("--sample-every", type=count, default=400)
@@ -410,7 +409,8 @@ def main():
     peak = next((value for name, value in PEAK_TFLOPS.items() if device.type == "cuda" and name in torch.cuda.get_device_name()), None)
     # this process takes every world-th micro-batch of the order, from the first one that is not done yet
     share = itertools.islice(micro_batches(dataset, micro), first * accumulate * world + rank, flags.steps * accumulate * world, world)
-    batches = iter(torch.utils.data.DataLoader(steps, batch_size=None, sampler=share, num_workers=flags.workers))
+    workers = 8 * (device.type == "cuda") if flags.workers is None else flags.workers
+    batches = iter(torch.utils.data.DataLoader(steps, batch_size=None, sampler=share, num_workers=workers))
     bar = tqdm(range(first, flags.steps), initial=first, total=flags.steps, disable=not main_process, unit="step")
     start = tick = time.perf_counter()
     for step in bar:

@@ -60,9 +60,10 @@ def edit_flops(cfg, condition, N):
     return encode, step
 
 
-def seconds(function, device, repeats):
+def seconds(function, device, repeats, warm=1):
+    """Median time of a call, after `warm` calls that do not count."""
     times = []
-    for _ in range(repeats + 1):                           # the first one warms up
+    for _ in range(warm + repeats):
         if device == "cuda":
             torch.cuda.synchronize()
         start = time.perf_counter()
@@ -70,7 +71,7 @@ def seconds(function, device, repeats):
         if device == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+    return statistics.median(times[warm:])
 
 
 def theirs(cfg, device, dtype):
@@ -119,13 +120,15 @@ def fresh(cfg, device, dtype):
     return model
 
 
-def speed(name, device, repeats):
+def speed(name, device, repeats, compiled):
     """Times of one size -> records."""
     cfg, size, text, batch = SIZES[name]
     full = name == "OmniGen-v1"
     dtype = torch.bfloat16 if full else torch.float32
     cfg.short_factor = cfg.long_factor = [1.0] * (cfg.width // cfg.heads // 2)
     model, N, records = fresh(cfg, device, dtype), size[0] * size[1] // cfg.patch**2, []
+    if compiled:
+        model.compile_blocks()
     half = torch.bfloat16 if fast_bf16(device) else torch.float32
     one, three = condition_of(cfg, [text] * batch, [[size]] * batch, device), branches(cfg, text, size, device=device)
     x = torch.randn(max(3, batch), cfg.channels, *size, device=device)
@@ -136,14 +139,15 @@ def speed(name, device, repeats):
     product = 2 * a.numel() * b.shape[1] / seconds(lambda: a @ b, device, 10 * repeats)
 
     def measure(function, count=repeats):
-        """-> seconds, peak memory in GB"""
+        """-> seconds, those of the first call, peak memory in GB"""
+        first = seconds(function, device, 1, warm=0)
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        return seconds(function, device, count), torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else None
+        return seconds(function, device, count), first, torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else None
 
     def note(what, measured, work=None, images=None, reference=None):
-        took, peak = measured
-        records.append({"size": name, "what": what, "ms": 1000 * took, "images_per_s": images and images / took,
+        took, first, peak = measured
+        records.append({"size": name, "what": what, "ms": 1000 * took, "first_s": first, "images_per_s": images and images / took,
                         "tflops": work and work / took / 1e12, "of_product": work and work / took / product,
                         "peak_gb": peak, "of_diffusers": reference and took / reference})
 
@@ -210,7 +214,7 @@ def speed(name, device, repeats):
 
 
 def show(records):
-    keys = ["size", "what", "ms", "images_per_s", "tflops", "of_product", "of_diffusers", "peak_gb"]
+    keys = ["size", "what", "ms", "first_s", "images_per_s", "tflops", "of_product", "of_diffusers", "peak_gb"]
     keys = [key for key in keys if any(record[key] is not None for record in records)]
 
     def text(value):
@@ -269,6 +273,7 @@ def main():
     p.add_argument("what", nargs="?", choices=("speed", "growth"), default="speed")
     p.add_argument("--sizes", nargs="+", choices=SIZES, help="all that fit here if not given")
     p.add_argument("--threads", type=int, help="of the CPU")
+    p.add_argument("--compile", action="store_true", help="torch.compile the blocks; `first` is what that costs at the start")
     p.add_argument("--repeats", type=int, default=5)
     p.add_argument("--json", help="write the records of speed to this file too")
     flags = p.parse_args()
@@ -283,7 +288,7 @@ def main():
     fits = device == "cuda" and torch.cuda.get_device_properties(0).total_memory > 60e9
     records = []
     for name in flags.sizes or [name for name in SIZES if name != "OmniGen-v1" or fits]:
-        records += speed(name, device, flags.repeats)
+        records += speed(name, device, flags.repeats, flags.compile)
     show(records)
     if flags.json:
         Path(flags.json).write_text(json.dumps(records, indent=1))

@@ -12,6 +12,7 @@ import torch
 from helpers import ROOT, SMALL, call, tiny_model
 
 import metrics
+import sample
 import train
 from data import Shapes, Words, world_words
 from metrics import compare, interval
@@ -90,6 +91,17 @@ def test_candidates_differ_by_their_seed_and_nothing_else():
     first, again, other = (evaluate(model, words, dataset, [0, 1], steps=1, seed=seed, progress=False) for seed in (0, 0, 1))
     assert all((a["output"] == b["output"]).all() and (a["output"] != c["output"]).any() for a, b, c in zip(first, again, other))
     assert all(a["sample"].instruction == c["sample"].instruction for a, c in zip(first, other))
+
+
+def test_plans_can_be_given(monkeypatch):
+    asked = []
+    monkeypatch.setattr(sample, "generate", lambda model, words, prompts, images, x0, *_, **__: asked.extend(prompts) or x0)
+    dataset = Shapes("hard", "iid")
+    edit = next(s for s in map(dataset.sample, range(9)) if s.images)
+    for plans in (False, True):
+        evaluate(tiny_model(), Words(world_words()), dataset, range(9), plans=plans, progress=False)
+    assert f"{edit.instruction} <img><|image_1|></img>" in asked[:9]
+    assert f"{edit.instruction} <img><|image_1|></img> " + " ".join(f"{step} <pause>" for step in edit.plan) in asked[9:]
 
 
 def test_intervals_are_of_paired_differences():
@@ -175,7 +187,7 @@ def test_the_scripts_train_every_arm_from_the_base_of_its_own_seed_and_width(scr
     assert flags("magd").endswith("--steps 400 --lr 3e-3 --muon-lr 0.015 --init out/study/base/3/last.pt --p-magd 0.5")
     assert flags("plain-steps-100").endswith("--p-magd 0 --steps 100")                     # the last of two --steps counts
     assert "--init out/study/base-width-192/3/last.pt --width 192" in flags("plain-width-192")
-    for plain, magd in (("plain", "magd"), ("plain-steps-1600", "magd-steps-1600"), ("plain-width-64", "magd-width-64")):
+    for plain, magd in (("plain", "magd"), ("plain-steps-800", "magd-steps-800"), ("plain-width-64", "magd-width-64")):
         assert flags(plain).replace(plain, magd).replace("--p-magd 0", "--p-magd 0.5") == flags(magd)      # one difference
     assert sum("metrics.py pauses" in call for call in calls) == 4 and calls[-1] == "metrics.py report RESULTS.md README.md"
     assert any("metrics.py toy --ckpt out/study/plain/3/last.pt" in call and call.endswith("--guidance-interval 0,0.5") for call in calls)
