@@ -492,9 +492,11 @@ def toy(flags):
     from sample import evaluate
     device = processes()[2]
     model, tokenizer, trained = toy_model(flags.ckpt, device)
-    groups, seconds = {}, 0.0
+    groups, seconds, world = {}, 0.0, flags.data or trained["data"]
+    if WORLDS[world].size != trained["size"]:
+        raise InputError(f"--data {world}: its images have {WORLDS[world].size} pixels a side, those of {flags.ckpt} {trained['size']}")
     for split in ("iid", "novel"):
-        dataset = Shapes(trained["data"], split, trained["seed"])
+        dataset = Shapes(world, split, trained["seed"])
         start = time.perf_counter()
         rows = evaluate(model, tokenizer, dataset, range(flags.examples), flags.steps, flags.text_scale, flags.image_scale,
                         flags.guidance_interval, flags.pauses, flags.plans, device=device)
@@ -510,7 +512,7 @@ def toy(flags):
             print(f"{name:16}{len(edits):8}" + "".join(f"{values[score]:14.3f}" for score in SCORES))
     picture = Path(flags.out or Path(flags.ckpt).with_name("toy.png"))
     bars(f"{flags.ckpt}: {flags.examples} held-out examples each", groups, picture)
-    settings = {key: getattr(flags, key) for key in ("steps", "pauses", "plans", "text_scale", "image_scale", "guidance_interval")}
+    settings = {key: getattr(flags, key) for key in ("data", "steps", "pauses", "plans", "text_scale", "image_scale", "guidance_interval")}
     picture.with_suffix(".json").write_text(json.dumps({**groups, **settings, "seconds": seconds}))
     print(f"\nsampled and judged in {seconds:.1f} s; wrote {picture} and {picture.with_suffix('.json')}")
 
@@ -594,28 +596,24 @@ def interval(values):
     return float(np.mean(values)), float(T95[min(n, 10) - 2] * np.std(values, ddof=1) / n**0.5) if n > 1 else math.nan
 
 
-def read_arms(folders, columns, name):
-    """Values of a comparison: FOLDER/SEED/name, a JSON file per seed -> {folder: {column: {seed: value}}}.
-
-    A column is a path of keys such as iid/edits/exact.
-    """
-    arms = {}
-    for folder in folders:
-        files = sorted(Path(folder).glob(f"*/{name}"))
-        if not files:
-            raise InputError(f"{folder}: no {name} in its folders; a run of runs/*.sh leaves FOLDER/SEED/{name} there")
-        results = {file.parent.name: read_json(file) for file in files}
-        arms[folder] = {column: {} for column in columns}
+def read_arm(folder, columns, name):
+    """FOLDER/SEED/name, a JSON file per seed -> {column: {seed: value}}. A column is a path of keys such as iid/edits/exact."""
+    files = sorted(Path(folder).glob(f"*/{name}"))
+    if not files:
+        raise InputError(f"{folder}: no {name} in its folders; a run of runs/*.sh leaves FOLDER/SEED/{name} there")
+    arm = {column: {} for column in columns}
+    for file in files:
+        whole = read_json(file)
         for column in columns:
-            for seed, result in results.items():
-                for key in column.split("/"):
-                    if not isinstance(result, dict) or key not in result:
-                        raise InputError(f"{folder}/{seed}/{name}: no {key!r} of {column}; there are {', '.join(result)}")
-                    result = result[key]
-                if not isinstance(result, (int, float)):
-                    raise InputError(f"{folder}/{seed}/{name}: {column} is not a number")
-                arms[folder][column][seed] = result
-    return arms
+            value = whole
+            for key in column.split("/"):
+                if not isinstance(value, dict) or key not in value:
+                    raise InputError(f"{file}: no {key!r} of {column}; there are {', '.join(whole)}")
+                value = value[key]
+            if not isinstance(value, (int, float)):
+                raise InputError(f"{file}: {column} is not a number")
+            arm[column][file.parent.name] = value
+    return arm
 
 
 def compare(own, reference):
@@ -625,73 +623,71 @@ def compare(own, reference):
 
 
 def table(flags):
-    """Compare runs over their seeds: a row is FOLDER, or FOLDER:REFERENCE; without one the first row is what it is compared with."""
-    pairs = [(row.split(":") + [flags.rows[0].split(":")[0]])[:2] for row in flags.rows]
-    arms = read_arms([folder for pair in pairs for folder in pair], flags.columns, flags.file)
-    if flags.within:                                       # columns of one arm are compared, not arms
-        arms = {column: {folder: arms[folder][column] for folder, _ in pairs} for column in flags.columns}
-        pairs, columns = [(column, flags.columns[0]) for column in flags.columns], list(arms[flags.columns[0]])
-    else:
-        columns = flags.columns
+    """Compare runs over their seeds, each row with its reference or, `within`, each column with the first one of its row."""
+    columns = {label or path.replace("/", ", "): path for label, _, path in (column.rpartition(":") for column in flags.columns)}
+    default, first = flags.rows[0].partition(":")[0], next(iter(columns))
+    pairs, references = {}, {}                             # {row: [({seed: value}, those of the reference) per column]}
+    for row in flags.rows:
+        folder, _, named = row.partition(":")
+        other = folder if flags.within else named or default
+        own = read_arm(folder, columns.values(), flags.file)
+        reference = own if other == folder else read_arm(other, columns.values(), flags.file)
+        against = f" against {Path(other).name}" if named and other != folder else ""
+        if flags.within or other != folder:
+            references["the run that it names" if against else first if flags.within else Path(default).name] = True
+        pairs[Path(folder).name + against] = [(own[path], reference[columns[first] if flags.within else path]) for path in columns.values()]
 
-    def cell(own, reference, column):
-        if own == reference:
-            mean, half = interval(list(arms[own][column].values()))
-            return f"{mean:.3f} ± {half:.3f}"
-        mean, difference, half = compare(arms[own][column], arms[reference][column])
+    def cell(own, reference):
+        if own is reference:
+            return "{:.3f} ± {:.3f}".format(*interval(list(own.values())))
+        mean, difference, half = compare(own, reference)
         text = f"{mean:.3f} ({difference:+.3f} ± {half:.3f})"
         return f"**{text}**" if abs(difference) > half else text
-
-    def label(key):
-        return key if flags.within else Path(key).name
-    heads = [Path(column).name if flags.within else column.replace("/", ", ") for column in columns]
-    cells = [[label(own), *(cell(own, reference, column) for column in columns)] for own, reference in pairs]
-    header = ["", *heads]
+    lines = [["", *columns], *([name, *(cell(*pair) for pair in line)] for name, line in pairs.items())]
     if len(columns) > len(pairs):                          # the longer side goes down the page
-        header, *cells = [list(line) for line in zip(header, *cells)]
-    seeds = len(set.intersection(*(set(values) for arm in arms.values() for values in arm.values())))
-    compared = [(own, reference) for own, reference in pairs if own != reference]
-    text = markdown(header, cells) + f"\n\n*{seeds} seeds; mean ± 95% interval"
-    if compared:
-        references = dict.fromkeys(label(reference) for _, reference in compared)
-        text += f", and in brackets the paired difference to {', '.join(references)} with its interval; bold: zero is outside"
-    text += ".*"
-    if flags.figure and compared:
-        lines = {label(own): [compare(arms[own][column], arms[reference][column])[1:] for column in columns] for own, reference in compared}
-        if len(lines) < len(columns):
-            heads, lines = list(lines), dict(zip(heads, zip(*lines.values())))
-        forest(heads, lines, flags.figure)
-        text += f"\n\n![paired differences]({flags.figure})"
+        lines = [list(line) for line in zip(*lines)]
+    seeds = set.intersection(*(set(values) for line in pairs.values() for pair in line for values in pair))
+    text, difference = markdown(lines[0], lines[1:]), f"paired difference to {', or to '.join(references)}"
+    text += f"\n\n*{len(seeds)} seeds; mean ± 95% interval" + f"; in brackets the {difference}; bold: zero is outside" * bool(references) + ".*"
+    if flags.figure:
+        points = {(name, column): compare(*pair)[1:] for name, line in pairs.items() for column, pair in zip(columns, line)
+                  if pair[0] is not pair[1]}
+        rows, series = (list(dict.fromkeys(names)) for names in zip(*points))
+        if len(series) > len(rows):                        # as few colours as can be
+            rows, series, points = series, rows, {key[::-1]: point for key, point in points.items()}
+        forest(f"{difference}, 95% interval", rows, series, points, flags.figure)
+        text += f"\n\n![{difference}]({flags.figure})"
     return text
 
 
-def forest(series, rows, path):
-    """Save paired differences as points with 95% intervals around zero. rows: {label: [(difference, half interval) per series]},
-    with as few series as can be: each has a colour."""
-    font, colors = ImageFont.load_default(13), ["#3465a4", "#f57900", "#4e9a06", "#75507b"]
-    step, left, width = 16 * len(series) + 8, 210, 520
-    rows = {label: [(d, h if math.isfinite(h) else 0) for d, h in line] for label, line in rows.items()}
-    low, high = (end(0, end(d + sign * h for line in rows.values() for d, h in line)) for end, sign in ((min, -1), (max, 1)))
+def forest(title, rows, series, points, path):
+    """Save differences as points with their 95% intervals around zero. points: {(row, series): (difference, half interval)}; each
+    series has a colour."""
+    font, colors = ImageFont.load_default(13), ["#3465a4", "#f57900", "#4e9a06", "#75507b", "#a40000"]
+    step, left, width, top = 16 * len(series) + 8, 24 + max(map(font.getlength, rows)), 520, 36 + 18 * len(series)
+    points = {key: (d, h if math.isfinite(h) else 0) for key, (d, h) in points.items()}
+    low, high = min(0, *(d - h for d, h in points.values())), max(0, *(d + h for d, h in points.values()))
     high += (high == low)
     tick = next(t for t in (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5) if t >= (high - low) / 6 or t == 5)
-    page = Image.new("RGB", (left + width + 30, 64 + 18 * len(series) + step * len(rows)), "white")
+    bottom = top + step * len(rows)
+    page = Image.new("RGB", (int(left) + width + 40, bottom + 26), "white")
     pen = ImageDraw.Draw(page)
 
     def x(value):
         return left + width * (value - low) / (high - low)
-    for k, name in enumerate(series):
-        pen.text((left, 6 + 18 * k), name, fill=colors[k % 4], font=font)
-    top = 14 + 18 * len(series)
-    pen.line([x(0), top, x(0), top + step * len(rows)], fill="#888888")
-    for r, (label, line) in enumerate(rows.items()):
-        pen.text((8, top + r * step + step / 2 - 9), label, fill="black", font=font)
-        for k, (difference, half) in enumerate(line):
-            y = top + r * step + 12 + 16 * k
-            pen.line([x(difference - half), y, x(difference + half), y], fill=colors[k % 4], width=2)
-            pen.ellipse([x(difference) - 4, y - 4, x(difference) + 4, y + 4], fill=colors[k % 4])
+    pen.text((8, 6), title, fill="black", font=font)
     for k in range(math.ceil(low / tick - 1e-9), math.floor(high / tick + 1e-9) + 1):
-        pen.text((x(k * tick) - 16, top + step * len(rows) + 4), f"{k * tick:+.3g}", fill="black", font=font)
-    pen.text((left, top + step * len(rows) + 22), "paired difference to the reference, 95% interval", fill="black", font=font)
+        pen.line([x(k * tick), top, x(k * tick), bottom], fill="#dddddd" if k else "#666666")
+        pen.text((x(k * tick), bottom + 4), f"{k * tick:+.3g}" if k else "0", fill="black", font=font, anchor="ma")
+    for s, name in enumerate(series):
+        pen.text((left, 24 + 18 * s), name, fill=colors[s % 5], font=font)
+        for r, row in enumerate(rows):
+            if (row, name) in points:
+                (difference, half), y = points[row, name], top + r * step + 12 + 16 * s
+                pen.line([x(difference - half), y, x(difference + half), y], fill=colors[s % 5], width=2)
+                pen.ellipse([x(difference) - 4, y - 4, x(difference) + 4, y + 4], fill=colors[s % 5])
+    for r, row in enumerate(rows):
+        pen.text((8, top + r * step + step / 2 - 9), row, fill="black", font=font)
     page.save(path)
 
 
@@ -1027,6 +1023,7 @@ def parser():
         command.add_argument("--ckpt", required=True, nargs=many, help="checkpoint of train.py")
         command.add_argument("--steps", type=int, default=20, help="Euler steps")
         command.add_argument("--out", required=out.startswith("a JSON"), help=out)
+    commands.choices["toy"].add_argument("--data", choices=WORLDS, help="the world of the examples; the one of the training if not given")
     commands.choices["toy"].add_argument("--pauses", type=int, default=0, help="pause tokens after each prompt")
     commands.choices["toy"].add_argument("--plans", action="store_true", help="give each instruction its plan, as in training")
     for command, number in ((commands.choices["toy"], 512), (commands.choices["pauses"], 256)):
@@ -1036,7 +1033,8 @@ def parser():
         command.add_argument("--guidance-interval", type=two_times, default=[0.0, 1.0], help="times between which there is guidance")
     command = add(table)
     command.add_argument("rows", nargs="+", help="FOLDER with SEED/result.json inside, or FOLDER:REFERENCE")
-    command.add_argument("--columns", nargs="+", default=["iid/all/exact", "novel/all/exact"], help="paths of keys in that file")
+    command.add_argument("--columns", nargs="+", default=["iid/all/exact", "novel/all/exact"], help="paths of keys in that file, "
+                         "or LABEL:PATH")
     command.add_argument("--file", default="result.json", help="its name")
     command.add_argument("--within", action="store_true", help="compare the columns of each arm with the first column")
     command.add_argument("--figure", help="a PNG file of the differences")

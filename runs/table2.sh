@@ -8,3 +8,4 @@ plans --p-magd 0 --p-plan 0.5
 magd --p-magd 0.5
 magd-plans --p-magd 0.5 --p-plan 0.5
 END
+each_seed <<< "toy base-on-hard base --data hard"

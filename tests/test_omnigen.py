@@ -71,7 +71,8 @@ def test_the_attention_rule_is_omnigens(case):
 
 def test_loss_and_gradients():
     model = released_model()
-    draws = magd.Draws(REFERENCE["train/x0"], REFERENCE["train/t"], None, None, None)
+    nothing = torch.ones(len(REFERENCE["train/t"]))        # is masked
+    draws = magd.Draws(REFERENCE["train/x0"], REFERENCE["train/t"], nothing, nothing[:, None], nothing)
     loss, _ = magd.magd_loss(model, REFERENCE["train/x1"], condition_of("batch2"), draws)
     torch.testing.assert_close(loss, REFERENCE["train/loss_per_sample"], atol=1e-5, rtol=0)
     loss.mean().backward()
