@@ -608,7 +608,7 @@ def read_arm(folder, columns, name):
             value = whole
             for key in column.split("/"):
                 if not isinstance(value, dict) or key not in value:
-                    raise InputError(f"{file}: no {key!r} of {column}; there are {', '.join(whole)}")
+                    raise InputError(f"{file}: no {key!r} of {column}; there are {', '.join(value) if isinstance(value, dict) else 'none'}")
                 value = value[key]
             if not isinstance(value, (int, float)):
                 raise InputError(f"{file}: {column} is not a number")

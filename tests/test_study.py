@@ -93,6 +93,12 @@ def test_candidates_differ_by_their_seed_and_nothing_else():
     assert all(a["sample"].instruction == c["sample"].instruction for a, c in zip(first, other))
 
 
+def test_a_model_is_not_judged_on_images_of_another_size(monkeypatch):
+    monkeypatch.setattr(metrics, "toy_model", lambda *_: (None, None, {"data": "simple", "size": 16, "seed": 0}))
+    with pytest.raises(InputError, match="shapes64: its images have 64 pixels a side, those of model.pt 16"):
+        call(metrics, "toy", "--ckpt", "model.pt", "--data", "shapes64")
+
+
 def test_plans_can_be_given(monkeypatch):
     asked = []
     monkeypatch.setattr(sample, "generate", lambda model, words, prompts, images, x0, *_, **__: asked.extend(prompts) or x0)
@@ -120,10 +126,12 @@ def test_table(arms, monkeypatch, capsys):
     assert "2 seeds" in lines[6] and Path("figure.png").exists()
     call(metrics, "table", "plain", "magd:late", "--columns", "iid/all/exact", "iid/all/adherence", "novel/all/exact")
     lines = capsys.readouterr().out.splitlines()                           # more columns than rows: turned
-    assert lines[0] == "|  | plain | magd |"
+    assert lines[0] == "|  | plain | magd against late |"
     assert lines[2] == "| iid, all, exact | 0.600 ± 0.248 | 0.645 (+0.095 ± 0.699) |"
-    call(metrics, "table", "plain", "magd", "--within", "--columns", "iid/all/exact", "iid/all/adherence")
-    assert "| iid/all/adherence | **1.200 (+0.600 ± 0.248)** | **1.300 (+0.650 ± 0.262)** |" in capsys.readouterr().out
+    call(metrics, "table", "plain", "magd", "--within", "--columns", "iid/all/exact", "twice:iid/all/adherence", "--figure", "figure.png")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "|  | iid, all, exact | twice |" and lines[3] == "| magd | 0.650 ± 0.262 | **1.300 (+0.650 ± 0.262)** |"
+    assert lines[5] == "*3 seeds; mean ± 95% interval; in brackets the paired difference to iid, all, exact; bold: zero is outside.*"
     with pytest.raises(InputError, match="plain/0/result.json: no 'local' of iid/local/exact; there are all"):
         call(metrics, "table", "plain", "--columns", "iid/local/exact")
     with pytest.raises(InputError, match="nothing: no result.json"):
