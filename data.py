@@ -18,6 +18,7 @@ import os
 import random
 import re
 import sys
+import textwrap
 import zlib
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -854,15 +855,6 @@ def sheet(rows, path, scale=1, pad=4, title=""):
     page.save(path)
 
 
-def wrap(text, width):
-    lines = [""]
-    for word in text.split():
-        if len(lines[-1]) + len(word) + 1 > width:
-            lines.append("")
-        lines[-1] = f"{lines[-1]} {word}".strip()
-    return "\n".join(lines)
-
-
 # ------------------------------------------------------------------------------------------- the command
 
 def show(flags):
@@ -872,8 +864,8 @@ def show(flags):
     for index in range(12):
         sample = dataset.sample(index)
         source = sample.images[0] if sample.images else np.full_like(sample.target, 255)
-        cells.append([(source, wrap(sample.instruction, 24), False),
-                      (sample.target, wrap(" / ".join(sample.plan) or sample.target_caption, 24), False)])
+        cells.append([(source, textwrap.fill(sample.instruction, 24), False),
+                      (sample.target, textwrap.fill(" / ".join(sample.plan) or sample.target_caption, 24), False)])
     sheet([sum(cells[k:k + 3], []) for k in range(0, 12, 3)], flags.out, max(1, 144 // flags.size))
     print(f"wrote {flags.out}")
 

@@ -19,6 +19,7 @@ import math
 import re
 import shlex
 import sys
+import textwrap
 import time
 from copy import copy
 from functools import lru_cache, partial
@@ -33,7 +34,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from data import (BACKGROUNDS, CAPTIONS, COLORS, EDITS, LIGHTS, NUMBERS, RELATIONS, STYLES, WHOLE, WORLDS, Scene, Shapes, Thing,
-                  add_command, corner, lit, open_image, plural, read_instruction, related, sheet, sprite, wrap)
+                  add_command, corner, lit, open_image, plural, read_instruction, related, sheet, sprite)
 from model import InputError, check_shapes, optional, processes, read_json
 
 # A cell that differs from the best drawing of it by more than this (root mean square, images in [0, 1]) is not readable.
@@ -535,7 +536,7 @@ def grid(flags):
                              f"{first[1]}: their held-out edits differ")
         edits = evaluate(model, tokenizer, dataset, some_edits(dataset, 8), flags.steps)
         if not rows:
-            rows.append([(e["sample"].images[0], wrap(e["sample"].instruction, 18), False) for e in edits])
+            rows.append([(e["sample"].images[0], textwrap.fill(e["sample"].instruction, 18), False) for e in edits])
         name = "/".join(Path(path).parts[-3:-1])
         rows.append([(e["output"], f"{name}{': exact' * e['exact']}", e["exact"]) for e in edits])
     rows.append([(e["sample"].target, "target", False) for e in edits])

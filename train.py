@@ -20,6 +20,7 @@ import os
 import shutil
 import signal
 import sys
+import textwrap
 import time
 import warnings
 from dataclasses import asdict
@@ -36,7 +37,7 @@ from tqdm import tqdm
 
 import magd
 from data import (BPE, WORLDS, Latents, Pairs, Shapes, Words, cache_header, make_batch, make_prompt, micro_batches, omnigen_folder,
-                  sheet, to_array, to_tensor, wrap)
+                  sheet, to_array, to_tensor)
 from metrics import SCORES, breakdown
 from model import (Config, InputError, Transformer, autocast, fast_bf16, flops, is_first, load_omnigen, load_vae, own_part,
                    processes, save_omnigen, whole)
@@ -267,7 +268,7 @@ def preview(model, tokenizer, dataset, flags, device, path, vae=None, n=8):
                      noise(target.shape, [index], device), flags.eval_steps, flags.text_scale, flags.image_scale, bf16=flags.bf16)
         output, target = pixels(x[0]), pixels(target)
         source = pixels(images[0]) if images else np.full_like(target, 255)
-        for row, image, caption in zip(cells, (source, output, target), (wrap(sample.instruction, 24), "output", "target")):
+        for row, image, caption in zip(cells, (source, output, target), (textwrap.fill(sample.instruction, 24), "output", "target")):
             row.append((image, caption, False))
         if source.shape == target.shape:
             differences.append([np.abs(image.astype(float) - target).mean() / 255 for image in (output, source)])
