@@ -210,13 +210,13 @@ def shard(model, device, bf16):
         register_fsdp_forward_method(model, method)
 
 
-def memory(cfg, parameters, L, N, flags, micro, world):
+def memory(cfg, parameters, L, N, flags, micro, world, checkpointing):
     """About how many bytes a GPU needs: the states of the optimizer, a few gathered blocks, activations."""
     states = (16 + 4 * (flags.ema > 0)) * parameters / world           # float32 weights, gradients, two moments of AdamW, mean
     gathered = 3 * 2 * parameters / cfg.layers                         # bf16 weights of the running block, the next, its gradient
     inside = 2 * (10 * cfg.width + 4 * cfg.mlp)                        # what the backward of a block needs of a token
     between = 2 * cfg.width * (L + N)                                  # inputs of a block
-    kept = cfg.layers * between + inside * (L + N) if flags.checkpointing else cfg.layers * inside * (L + N)
+    kept = cfg.layers * between + inside * (L + N) if checkpointing else cfg.layers * inside * (L + N)
     return states + gathered + micro * kept
 
 
@@ -390,9 +390,11 @@ def main():
     say(f"{count / 1e6:.2f}M parameters, {work / 1e9:.2f} GFLOP a sample")
     say(f"{flags.steps} steps of {flags.batch} samples = {world} x {device.type} x {micro} at once x {accumulate} in turn")
     if omnigen:
-        need = memory(cfg, count, L, N, flags, micro, world)
+        less, more = (memory(cfg, count, L, N, flags, micro, world, checkpointing) for checkpointing in (True, False))
+        need = less if flags.checkpointing else more
         has = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
-        say(f"memory: about {need / 1e9:.1f} GB on each of {world} x {device.type}" + (f", which has {has / 1e9:.1f} GB" if has else ""))
+        say(f"memory: about {less / 1e9:.1f} GB with --checkpointing, {more / 1e9:.1f} GB with --no-checkpointing (a quarter less time) on "
+            f"each of {world} x {device.type}" + (f", which has {has / 1e9:.1f} GB" if has else ""))
         if has and need > has:
             raise InputError(f"this plan needs about {need / 1e9:.0f} GB on each GPU, which has {has / 1e9:.0f} GB: use more GPUs, a "
                              f"smaller --micro-batch or --size, or --checkpointing")
