@@ -636,7 +636,9 @@ def table(flags):
         against = f" against {Path(other).name}" if named and other != folder else ""
         if flags.within or other != folder:
             references["the run that it names" if against else first if flags.within else Path(default).name] = True
-        pairs[Path(folder).name + against] = [(own[path], reference[columns[first] if flags.within else path]) for path in columns.values()]
+        name = Path(folder).name + against
+        name = folder + against if name in pairs else name  # two folders of one name
+        pairs[name] = [(own[path], reference[columns[first] if flags.within else path]) for path in columns.values()]
 
     def cell(own, reference):
         if own is reference:
@@ -650,9 +652,9 @@ def table(flags):
     seeds = set.intersection(*(set(values) for line in pairs.values() for pair in line for values in pair))
     text, difference = markdown(lines[0], lines[1:]), f"paired difference to {', or to '.join(references)}"
     text += f"\n\n*{len(seeds)} seeds; mean ± 95% interval" + f"; in brackets the {difference}; bold: zero is outside" * bool(references) + ".*"
-    if flags.figure:
-        points = {(name, column): compare(*pair)[1:] for name, line in pairs.items() for column, pair in zip(columns, line)
-                  if pair[0] is not pair[1]}
+    points = {(name, column): compare(*pair)[1:] for name, line in pairs.items() for column, pair in zip(columns, line)
+              if pair[0] is not pair[1]}
+    if flags.figure and points:
         rows, series = (list(dict.fromkeys(names)) for names in zip(*points))
         if len(series) > len(rows):                        # as few colours as can be
             rows, series, points = series, rows, {key[::-1]: point for key, point in points.items()}
