@@ -45,7 +45,8 @@ CORNERS = ("top left", "top right", "bottom left", "bottom right")
 RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}         # (row, column)
 NUMBERS = ("one", "two", "three", "four")
 EDITS = ("add", "remove", "color", "local", "background", "global", "style")                    # Emu-Edit's names
-WHOLE = {"background": ("background", BACKGROUNDS), "global": ("light", LIGHTS), "style": ("style", STYLES)}   # of the image, not of one thing
+# edits of the whole image: field of a Scene, its choices
+WHOLE = {"background": ("background", BACKGROUNDS), "global": ("light", LIGHTS), "style": ("style", STYLES)}
 CAPTIONS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")      # GenEval's six kinds
 
 

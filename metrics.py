@@ -503,7 +503,8 @@ def toy(flags):
                         flags.guidance_interval, flags.pauses, flags.plans, device=device)
         seconds += time.perf_counter() - start
         groups[split] = breakdown(rows)
-        print(f"\n{split}: {flags.examples} examples, {flags.steps} Euler steps, {flags.pauses} pause tokens")
+        print(f"\n{split}: {flags.examples} examples of {world}, {flags.steps} Euler steps, {flags.pauses} pause tokens"
+              + ", plans given" * flags.plans)
         print(f"{'':16}{'number':>8}" + "".join(f"{score:>14}" for score in SCORES))
         for name, values in groups[split].items():
             print(f"{name:16}{values['number']:8}" + "".join(f"{values[score]:14.3f}" for score in SCORES))
@@ -513,7 +514,8 @@ def toy(flags):
             print(f"{name:16}{len(edits):8}" + "".join(f"{values[score]:14.3f}" for score in SCORES))
     picture = Path(flags.out or Path(flags.ckpt).with_name("toy.png"))
     bars(f"{flags.ckpt}: {flags.examples} held-out examples each", groups, picture)
-    settings = {key: getattr(flags, key) for key in ("data", "steps", "pauses", "plans", "text_scale", "image_scale", "guidance_interval")}
+    settings = {"data": world, **{key: getattr(flags, key) for key in ("steps", "pauses", "plans", "text_scale", "image_scale",
+                                                                       "guidance_interval")}}
     picture.with_suffix(".json").write_text(json.dumps({**groups, **settings, "seconds": seconds}))
     print(f"\nsampled and judged in {seconds:.1f} s; wrote {picture} and {picture.with_suffix('.json')}")
 
@@ -626,19 +628,24 @@ def compare(own, reference):
 def table(flags):
     """Compare runs over their seeds, each row with its reference or, `within`, each column with the first one of its row."""
     columns = {label or path.replace("/", ", "): path for label, _, path in (column.rpartition(":") for column in flags.columns)}
+    if len(columns) < len(flags.columns):
+        raise InputError(f"--columns: two have one label among {', '.join(columns)}")
+    folders = {folder for row in flags.rows for folder in row.split(":")}
+    short = len({Path(folder).name for folder in folders}) == len(folders)                 # are the last parts of the paths enough?
     default, first = flags.rows[0].partition(":")[0], next(iter(columns))
     pairs, references = {}, {}                             # {row: [({seed: value}, those of the reference) per column]}
+
+    def label(folder):
+        return Path(folder).name if short else folder
     for row in flags.rows:
         folder, _, named = row.partition(":")
         other = folder if flags.within else named or default
         own = read_arm(folder, columns.values(), flags.file)
         reference = own if other == folder else read_arm(other, columns.values(), flags.file)
-        against = f" against {Path(other).name}" if named and other != folder else ""
+        against = f" against {label(other)}" if named and other != folder else ""
         if flags.within or other != folder:
-            references["the run that it names" if against else first if flags.within else Path(default).name] = True
-        name = Path(folder).name + against
-        name = folder + against if name in pairs else name  # two folders of one name
-        pairs[name] = [(own[path], reference[columns[first] if flags.within else path]) for path in columns.values()]
+            references["the run that it names" if against else first if flags.within else label(default)] = True
+        pairs[label(folder) + against] = [(own[path], reference[columns[first] if flags.within else path]) for path in columns.values()]
 
     def cell(own, reference):
         if own is reference:

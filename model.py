@@ -378,7 +378,7 @@ class Transformer(nn.Module):
         x = self.x_embedder(patchify(x_t, P))                                             # (B, N, D)
         if masked is not None:
             x = torch.where(masked[:, :, None], mask_token[:, None].to(x.dtype), x)       # its position stays
-        x = x + self.positions(x_t.shape[2] // P, x_t.shape[3] // P)                      # under autocast the stream of the blocks is float32
+        x = x + self.positions(x_t.shape[2] // P, x_t.shape[3] // P)                      # float32 weights: so is the stream, also under autocast
         features = timestep_features(t * self.cfg.time_scale).to(self.pos_embed.dtype)    # (B, 256)
         return torch.cat([self.time_token(features)[:, None].to(x.dtype), x], dim=1), features                # (B, 1 + N, D)
 

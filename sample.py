@@ -185,8 +185,8 @@ def parse_flags():
     p.add_argument("--steps", type=int, help="Euler steps (20; OmniGen 50)")
     p.add_argument("--text-scale", type=float, help="guidance by the prompt; 1 = none (1; OmniGen 2.5)")
     p.add_argument("--image-scale", type=float, help="guidance by the image; 1 = none (1; OmniGen 1.5)")
-    p.add_argument("--guidance-interval", type=two_times, default=[0.0, 1.0], help="times between which there is guidance, such as 0.1,0.6; elsewhere "
-                   "one branch runs instead of three")
+    p.add_argument("--guidance-interval", type=two_times, default=[0.0, 1.0], help="times between which there is guidance, such as "
+                   "0.1,0.6; elsewhere one branch runs instead of three")
     p.add_argument("--negative-prompt", help="what guidance leads away from; the empty prompt of training if not given")
     p.add_argument("--size", type=width_and_height, default=[1024, 1024], help="WIDTHxHEIGHT of OmniGen's image when there is no --image")
     p.add_argument("--pause-token", default="<|placeholder1|>", help="OmniGen's: a word of its tokenizer.json")
@@ -274,15 +274,16 @@ def output_path(row, number, pauses, seed):
     return f"{folder}/{number:05d}.png"
 
 
-def edit_file(editor, flags, device):
+def edit_file(editor, flags):
     """Edit every row of a JSONL file, one candidate for each number of pauses and each seed; a line of results.RANK.jsonl each.
 
     Continues where a killed run stopped. Under torchrun the processes share the rows.
     """
-    rank, count, _ = processes()
+    rank, count, device = processes()
     out = Path(flags.out)
     settings = {key: getattr(flags, key) for key in ("ckpt", "init", "steps", "text_scale", "image_scale", "guidance_interval",
-                                                    "negative_prompt", "pause_token", "data", "size")}
+                                                    "negative_prompt", "pause_token", "size")}
+    settings["data"] = str(Path(flags.data).resolve())
     try:
         out.mkdir(parents=True, exist_ok=True)
         results = out / f"results.{rank}.jsonl"
@@ -303,11 +304,11 @@ def edit_file(editor, flags, device):
             try:
                 sources = [open_source(path, editor.trained) for path in row["input_images"]]
                 output, _ = edit(editor, flags, sources, row["instruction"], pauses, seed, device, progress=False)
-                source, scores = sources[0] if sources else None, {}
+                scores = {}
                 if editor.world:
-                    scores = judge(editor.world, source, row["instruction"], output)
-                if editor.world and sources:
-                    scores["identity"] = judge(editor.world, source, row["instruction"], source)
+                    scores = judge(editor.world, sources[0] if sources else None, row["instruction"], output)
+                    if sources:
+                        scores["identity"] = judge(editor.world, sources[0], row["instruction"], sources[0])
             except InputError as error:
                 raise InputError(f"{flags.data}:{number}: {error}") from None
             path = out / output_path(row, number, pauses, seed)
@@ -328,7 +329,7 @@ def main():
     flags = parse_flags()
     device = processes()[2]
     if flags.data:
-        return edit_file(load_editor(flags, device), flags, device)
+        return edit_file(load_editor(flags, device), flags)
     out = Path(flags.out)
     if out.suffix.lower() not in (".png", ".jpg", ".jpeg") or not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
         raise InputError(f"--out {out}: a .png or .jpg file in a folder that exists and can be written is needed")

@@ -517,7 +517,7 @@ def main():
         save_omnigen(raw_model, out / "export")
         if main_process:
             shutil.copytree(folder / "vae", out / "export" / "vae", dirs_exist_ok=True)
-            for file in [*folder.glob("tokenizer*.json"), *folder.glob("special_tokens_map.json")]:
+            for file in folder.glob("*token*.json"):
                 shutil.copyfile(file, out / "export" / file.name)
         say(f"wrote {out / 'export'}: python sample.py --init omnigen:{out / 'export'}")
     if main_process:

@@ -35,7 +35,7 @@ pauses() {                                 # NAME SEED
 }
 toy() {                                    # NAME SEED MODEL FLAGS: another evaluation of the model
     local out=$STUDY/$1/$2
-    make "$1" "$2" toy.json metrics.py toy --ckpt "$STUDY/$3/$2/last.pt" --steps 10 --out "$out/toy.png" "${@:4}"
+    make "$1" "$2" toy.json metrics.py toy --ckpt "$STUDY/$3/$2/last.pt" --steps 10 --examples $([ -z "$MORE" ] && echo 512 || echo 8) --out "$out/toy.png" "${@:4}"
 }
 export -f make train pauses toy
 

@@ -143,7 +143,7 @@ def speed(name, device, repeats, compiled):
         first = seconds(function, device, 1, warm=0)
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        return seconds(function, device, count), first, torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else None
+        return seconds(function, device, count, warm=0), first, torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else None
 
     def note(what, measured, work=None, images=None, reference=None):
         took, first, peak = measured
@@ -154,8 +154,8 @@ def speed(name, device, repeats, compiled):
     other = None if name == "toy" else theirs(cfg, device, dtype)
     with torch.no_grad(), autocast(device):
         encode, step = edit_flops(cfg, three, N)
-        cache = model.encode(three, N)
         note("encode three branches", measure(lambda: model.encode(three, N)), encode)
+        cache = model.encode(three, N)
         took = measure(lambda: model.denoise(x[:3], t[:3], cache))
         if other is not None:
             inputs = padded_inputs(cfg, three, size, dtype)
@@ -273,7 +273,7 @@ def main():
     p.add_argument("what", nargs="?", choices=("speed", "growth"), default="speed")
     p.add_argument("--sizes", nargs="+", choices=SIZES, help="all that fit here if not given")
     p.add_argument("--threads", type=int, help="of the CPU")
-    p.add_argument("--compile", action="store_true", help="torch.compile the blocks; `first` is what that costs at the start")
+    p.add_argument("--compile", action="store_true", help="torch.compile the blocks; first_s is what that costs at the start")
     p.add_argument("--repeats", type=int, default=5)
     p.add_argument("--json", help="write the records of speed to this file too")
     flags = p.parse_args()

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -87,6 +88,8 @@ def test_selection_by_threshold_then_adherence():
     assert select(scores, 0.9) == (3, True)                # the more faithful of the two best that pass
     assert select(scores, 0.92) == (3, True)
     assert select(scores[:3], 0.99) == (1, False)          # none passes: the most faithful
+    assert select([{"adherence": a, "faithfulness": 0.5} for a in (0, 1, 1)], 0.9) == (1, False)       # ties: adherence, then order
+    assert select([{"adherence": 1, "faithfulness": 1}] * 2, 0.9) == (0, True)
 
 
 # ------------------------------------------------------------------------------------------- the command
@@ -179,6 +182,8 @@ def test_a_whole_file_is_edited_and_an_interrupted_run_continues(checkpoint, tmp
     assert "1 new edits, 8 in all" in done.stdout
     assert {path: path.read_bytes() for path in (tmp_path / "edits").rglob("*.png")} == before      # the same edit again
     one_line(run(*command, "--text-scale", 2), "sample.py", "holds results of")
+    other = shutil.copy(tmp_path / "pairs/pairs.jsonl", tmp_path / "pairs/other.jsonl")
+    one_line(run(*command, "--data", other), "sample.py", "holds results of")
 
 
 def test_outputs_lie_where_the_published_scorers_look():

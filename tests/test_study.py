@@ -134,6 +134,10 @@ def test_table(arms, monkeypatch, capsys):
     assert lines[5] == "*3 seeds; mean ± 95% interval; in brackets the paired difference to iid, all, exact; bold: zero is outside.*"
     with pytest.raises(InputError, match="plain/0/result.json: no 'local' of iid/local/exact; there are all"):
         call(metrics, "table", "plain", "--columns", "iid/local/exact")
+    with pytest.raises(InputError, match="two have one label among x"):
+        call(metrics, "table", "plain", "--columns", "x:iid/all/exact", "x:novel/all/exact")
+    call(metrics, "table", "plain", arms / "plain")                        # two folders of one name are two rows
+    assert f"| {arms / 'plain'} |" in capsys.readouterr().out
     with pytest.raises(InputError, match="nothing: no result.json"):
         call(metrics, "table", "nothing")
 
@@ -198,6 +202,8 @@ def test_the_scripts_train_every_arm_from_the_base_of_its_own_seed_and_width(scr
     for plain, magd in (("plain", "magd"), ("plain-steps-800", "magd-steps-800"), ("plain-width-64", "magd-width-64")):
         assert flags(plain).replace(plain, magd).replace("--p-magd 0", "--p-magd 0.5") == flags(magd)      # one difference
     assert sum("metrics.py pauses" in call for call in calls) == 4 and calls[-1] == "metrics.py report RESULTS.md README.md"
+    assert sum(call.endswith("--plans") for call in calls) == 2
+    assert any("out/study/base-on-hard/3/" in call and call.endswith("--data hard") for call in calls)
     assert any("metrics.py toy --ckpt out/study/plain/3/last.pt" in call and call.endswith("--guidance-interval 0,0.5") for call in calls)
     assert (tmp_path / "results/magd/3/result.json").exists() and (tmp_path / "results/magd/3/pauses.png").exists()
     assert scripts() == ["metrics.py report RESULTS.md README.md"]         # nothing is done twice
