@@ -656,9 +656,10 @@ def table(flags):
     lines = [["", *columns], *([name, *(cell(*pair) for pair in line)] for name, line in pairs.items())]
     if len(columns) > len(pairs):                          # the longer side goes down the page
         lines = [list(line) for line in zip(*lines)]
-    seeds = set.intersection(*(set(values) for line in pairs.values() for pair in line for values in pair))
+    counts = {len(own.keys() & reference.keys()) for line in pairs.values() for own, reference in line}
+    seeds = " to ".join(map(str, sorted({min(counts), max(counts)})))
     text, difference = markdown(lines[0], lines[1:]), f"paired difference to {', or to '.join(references)}"
-    text += f"\n\n*{len(seeds)} seeds; mean ± 95% interval" + f"; in brackets the {difference}; bold: zero is outside" * bool(references) + ".*"
+    text += f"\n\n*{seeds} seeds; mean ± 95% interval" + f"; in brackets the {difference}; bold: zero is outside" * bool(references) + ".*"
     points = {(name, column): compare(*pair)[1:] for name, line in pairs.items() for column, pair in zip(columns, line)
               if pair[0] is not pair[1]}
     if flags.figure and points:

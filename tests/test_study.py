@@ -123,7 +123,7 @@ def test_table(arms, monkeypatch, capsys):
     call(metrics, "table", "plain", "magd", "late", "--columns", "iid/all/exact", "--figure", "figure.png")
     lines = capsys.readouterr().out.splitlines()
     assert lines[2:5] == ["| plain | 0.600 ± 0.248 |", "| magd | **0.650 (+0.050 ± 0.025)** |", "| late | 0.550 (-0.050 ± 0.635) |"]
-    assert "2 seeds" in lines[6] and Path("figure.png").exists()
+    assert "2 to 3 seeds" in lines[6] and Path("figure.png").exists()
     call(metrics, "table", "plain", "magd:late", "--columns", "iid/all/exact", "iid/all/adherence", "novel/all/exact")
     lines = capsys.readouterr().out.splitlines()                           # more columns than rows: turned
     assert lines[0] == "|  | plain | magd against late |"
