@@ -393,7 +393,7 @@ def main():
         less, more = (memory(cfg, count, L, N, flags, micro, world, checkpointing) for checkpointing in (True, False))
         need = less if flags.checkpointing else more
         has = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
-        say(f"memory: about {less / 1e9:.1f} GB with --checkpointing, {more / 1e9:.1f} GB with --no-checkpointing (a quarter less time) on "
+        say(f"memory: about {less / 1e9:.1f} GB with --checkpointing, {more / 1e9:.1f} GB with --no-checkpointing (a quarter less to compute) on "
             f"each of {world} x {device.type}" + (f", which has {has / 1e9:.1f} GB" if has else ""))
         if has and need > has:
             raise InputError(f"this plan needs about {need / 1e9:.0f} GB on each GPU, which has {has / 1e9:.0f} GB: use more GPUs, a "

@@ -147,10 +147,12 @@ def test_bad_input_is_one_clear_line(checkpoint, picture, tmp_path, capsys, monk
     (tmp_path / "broken.pt").write_bytes(checkpoint.read_bytes()[:5000])
     state = torch.load(checkpoint, weights_only=True)
     torch.save({**state, "config": {**state["config"], "width": 64}}, tmp_path / "shape.pt")
+    torch.save({**state, "words": None}, tmp_path / "omnigen.pt")
     torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pt")
     good = {"--ckpt": checkpoint, "--image": path, "--prompt": instruction, "--out": tmp_path / "edit.png", "--steps": 1}
     cases = [({"--prompt": "make the teal circle blue"}, "unknown word 'teal'"), ({"--image": tmp_path / "none.png"}, "no such image"),
              ({"--image": tmp_path / "text.png"}, "not an image"), ({"--ckpt": tmp_path / "none.pt"}, "no such checkpoint"),
+             ({"--ckpt": tmp_path / "omnigen.pt"}, "give --init omnigen:"),
              ({"--ckpt": tmp_path / "broken.pt"}, "not a checkpoint that can be read"), ({"--ckpt": tmp_path / "shape.pt"}, "do not fit"),
              ({"--ckpt": tmp_path / "other.pt"}, "not a checkpoint of train.py"), ({"--pauses": "many"}, "not a list of whole numbers"),
              ({"--guidance-interval": "0.9,0.1"}, "is not two times from 0"), ({"--guidance-interval": "0.5"}, "is not two times from 0"),
