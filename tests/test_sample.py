@@ -83,6 +83,15 @@ def test_pause_tokens_stand_at_the_end_and_zero_of_them_change_nothing():
     assert not torch.allclose(generate(model, words, [text], images, x0, 2), generate(model, words, prompts, images, x0, 2))
 
 
+def test_guidance_without_images_runs_two_branches(monkeypatch):
+    words = Words(world_words())
+    model, rows, denoise = tiny_model(vocab=len(words)), [], sample.Transformer.denoise
+    monkeypatch.setattr(sample.Transformer, "denoise", lambda self, x, *rest: rows.append(len(x)) or denoise(self, x, *rest))
+    for images in ([], [torch.zeros(3, 16, 16)]):
+        generate(model, words, [data.make_prompt(words, "a red circle", len(images))], [images], noise((3, 16, 16), [0], "cpu"), 1)
+    assert rows == [2, 3]
+
+
 def test_selection_by_threshold_then_adherence():
     scores = [{"adherence": a, "faithfulness": f} for a, f in [(1.0, 0.5), (0.5, 0.95), (0.7, 0.91), (0.7, 1.0)]]
     assert select(scores, 0.9) == (3, True)                # the more faithful of the two best that pass
