@@ -297,12 +297,9 @@ def random_edit(world, rng, task, scene, free, names):
     old = rng.choice(free)
     if task == "remove":
         return Edit(task, old.shape, old.color), scene._replace(things=tuple(t for t in scene.things if t != old))
-    if task == "color":
-        new = old._replace(color=other(rng, COLORS, old.color))
-        value = new.color
-    else:
-        new = old._replace(shape=other(rng, world.shapes, old.shape))
-        value = new.shape
+    part, choices = ("color", COLORS) if task == "color" else ("shape", world.shapes)
+    value = other(rng, choices, getattr(old, part))
+    new = old._replace(**{part: value})
     if new.name in names:
         return None
     return Edit(task, old.shape, old.color, value), scene._replace(things=tuple(new if t == old else t for t in scene.things))
@@ -468,7 +465,7 @@ def read_rows(path, targets=True):
     rows = []
     for number, row in rows_or_errors(path):
         if isinstance(row, InputError):
-            raise row
+            raise InputError(f"{path}:{number}: {row}")
         if targets and row["output_image"] is None:
             raise InputError(f"{path}:{number}: output_image is null: this row can be edited (sample.py --data), not trained on")
         rows.append((number, row))
@@ -487,38 +484,33 @@ def rows_or_errors(path):
     if not path.is_file():
         raise InputError(f"{path}: there is no such file. --data takes {', '.join(WORLDS)} or a .jsonl file.")
     for number, line in enumerate(path.read_bytes().decode("utf-8", "replace").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            yield number, InputError(f"{path}:{number}: not JSON ({error})")
-            continue
-        yield number, check_row(row, path, number)
+        if line.strip():
+            try:
+                row = check_row(json.loads(line), path.parent)
+            except json.JSONDecodeError as error:
+                row = InputError(f"not JSON ({error})")
+            except InputError as error:
+                row = error
+            yield number, row
 
 
-def check_row(row, path, number):
+def check_row(row, folder):
+    """-> the row with its paths below folder, or InputError."""
     if not isinstance(row, dict):
-        return InputError(f"{path}:{number}: a row is a JSON object, this is {type(row).__name__}")
+        raise InputError(f"a row is a JSON object, this is {type(row).__name__}")
     for key in ("instruction", "input_images", "output_image"):
         if key not in row:
-            return InputError(f"{path}:{number}: the key {key!r} is missing; there are {sorted(row)}")
+            raise InputError(f"the key {key!r} is missing; there are {sorted(row)}")
     for key, kind in TYPES.items():
         required = key in ("instruction", "input_images")
         if (required or row.get(key) is not None) and not isinstance(row[key], kind):
-            return InputError(f"{path}:{number}: {key} should be a {kind.__name__}, not {type(row[key]).__name__}")
+            raise InputError(f"{key} should be a {kind.__name__}, not {type(row[key]).__name__}")
     for key in ("input_images", "plan"):
         if not all(isinstance(item, str) for item in row.get(key) or []):
-            return InputError(f"{path}:{number}: {key} should be a list of strings")
-    try:
-        place_images(row["instruction"], len(row["input_images"]))
-    except InputError as error:
-        return InputError(f"{path}:{number}: {error}")
-    row["input_images"] = [str(path.parent / name) for name in row["input_images"]]
-    for key in ("output_image", "mask"):
-        if row.get(key):
-            row[key] = str(path.parent / row[key])
-    return row
+            raise InputError(f"{key} should be a list of strings")
+    place_images(row["instruction"], len(row["input_images"]))
+    paths = {key: str(folder / row[key]) for key in ("output_image", "mask") if row.get(key)}
+    return {**row, **paths, "input_images": [str(folder / name) for name in row["input_images"]]}
 
 
 def fit(image, size):
@@ -547,7 +539,7 @@ class Pairs:
         except InputError as error:
             raise InputError(f"{self.path}:{number}: {error}") from None
         return Sample(row["instruction"], target, images, mask, blank(images[0], mask) if mask is not None and images else None,
-                      row.get("plan") or [], row.get("source_caption") or "", row.get("target_caption") or "", row.get("task") or "")
+                      row.get("plan") or [], target_caption=row.get("target_caption") or "")
 
 
 def shuffled(items, seed, index):
@@ -593,7 +585,7 @@ def whole_lines(path):
 
 
 def read_cache(folder, header):
-    """-> {key: line of the index}, the last line of a key counts."""
+    """-> {key: line of the index}; of several lines of a key, each by a process with an index of its own, the newest counts."""
     path = Path(folder) / "cache.json"
     if not path.is_file():
         raise InputError(f"{folder}: there are no latents. Make them with: python data.py latents DATA.jsonl --init omnigen:FOLDER")
@@ -602,8 +594,10 @@ def read_cache(folder, header):
         wrong = "of another autoencoder" if found.get("vae") != header["vae"] else f"made at size {found['size']}, not {header['size']}"
         raise InputError(f"{folder}: these latents are {wrong}. Make new ones with `python data.py latents` in another --out folder.")
     entries = {}
-    for index in sorted(Path(folder).glob("*.jsonl")):
-        entries |= {entry["key"]: entry for entry in map(json.loads, whole_lines(index))}
+    for index in Path(folder).glob("*.jsonl"):
+        for entry in map(json.loads, whole_lines(index)):
+            if entry["version"] >= entries.get(entry["key"], entry)["version"]:
+                entries[entry["key"]] = entry
     return entries
 
 
@@ -616,7 +610,7 @@ class Latents:
     def __init__(self, path, folder, header, seed=0, p_edit=0.5):
         self.path, self.folder, self.seed, self.p_edit = path, Path(folder), seed, p_edit
         rows, self.root = read_rows(path), Path(path).parent
-        self.entries, self.files = read_cache(folder, header), {}
+        self.entries = read_cache(folder, header)
         for number, row in rows:
             for key, _, _ in needed(row, self.root):
                 if key not in self.entries:
@@ -643,10 +637,7 @@ class Latents:
     def latent(self, key, generator):
         """One draw of the autoencoder's posterior, (C, h, w) float32."""
         entry = self.entries[key]
-        count, start = int(np.prod(entry["shape"])), entry["offset"] // 2
-        if entry["file"] not in self.files:
-            self.files[entry["file"]] = np.memmap(self.folder / entry["file"], np.float16, "r")
-        data = self.files[entry["file"]][start:start + count]
+        data = np.fromfile(self.folder / entry["file"], np.float16, int(np.prod(entry["shape"])), offset=entry["offset"])
         if zlib.crc32(data.tobytes()) != entry["crc32"]:
             raise InputError(f"{self.folder / entry['file']}: the latent of {key} is damaged; delete {self.folder} and make it anew")
         mean, std = torch.from_numpy(data.astype(np.float32)).view(entry["shape"]).chunk(2)
@@ -657,8 +648,7 @@ class Latents:
         generator = torch.Generator().manual_seed(random.Random(f"latents/{self.seed}/{index}").getrandbits(62))
         latents = [self.latent(key, generator) for key, _, _ in needed(row, self.root)]
         images, (target, *blanked) = latents[:len(row["input_images"])], latents[len(row["input_images"]):]
-        return Sample(row["instruction"], target, images, None, blanked[0] if blanked else None, row.get("plan") or [],
-                      task=row.get("task") or "")
+        return Sample(row["instruction"], target, images, None, blanked[0] if blanked else None, row.get("plan") or [])
 
 
 # ------------------------------------------------------------------------------------------- prompts
@@ -751,6 +741,8 @@ def tokenize(tokenizer, prompt, sizes):
         if k < len(order):
             ids += [0] * sizes[order[k]]
             kind += [k + 1] * sizes[order[k]]
+    if not ids:
+        raise InputError("the prompt is empty")
     if len(ids) > tokenizer.limit:
         raise InputError(f"the prompt and its images make {len(ids)} tokens; the model takes at most {tokenizer.limit}")
     return ids, kind, order
@@ -901,16 +893,27 @@ def check(flags):
             if isinstance(row, InputError):
                 raise row
             for name in filter(None, [*row["input_images"], row["output_image"], row.get("mask")]):
-                try:
-                    open_image(name)
-                except InputError as error:
-                    raise InputError(f"{flags.data}:{number}: {error}") from None
+                open_image(name)
             good += 1
         except InputError as error:
             bad += 1
-            tqdm.write(str(error))
+            tqdm.write(f"{flags.data}:{number}: {error}")
     print(f"{flags.data}: {good} good rows, {bad} bad rows")
     sys.exit(bad > 0)
+
+
+def load(flags, item):
+    """What a worker of `latents` does: one picture -> key, file sizes, tensor; or key, None, what is wrong with it."""
+    number, key, image, mask = item
+    try:
+        picture = open_image(image)
+        size = bucket(*picture.size, flags.size)
+        picture = np.asarray(ImageOps.fit(picture, size, Image.Resampling.BICUBIC))
+        if mask:
+            picture = blank(picture, np.asarray(ImageOps.fit(open_image(mask), size))[:, :, 0] > 127)
+    except InputError as error:
+        return key, None, f"{flags.data}:{number}: {error}"
+    return key, file_sizes(image, mask), to_tensor(picture)
 
 
 def latents(flags):
@@ -944,26 +947,14 @@ def latents(flags):
             if zlib.crc32(key.encode()) % world == rank and done.get(key, {}).get("bytes") != file_sizes(image, mask):
                 todo.setdefault(key, (number, key, image, mask))
 
-    def load(item):
-        number, key, image, mask = item
-        try:
-            picture = open_image(image)
-            size = bucket(*picture.size, flags.size)
-            picture = np.asarray(ImageOps.fit(picture, size, Image.Resampling.BICUBIC))
-            if mask:
-                picture = blank(picture, np.asarray(ImageOps.fit(open_image(mask), size))[:, :, 0] > 127)
-        except InputError as error:
-            return key, None, f"{flags.data}:{number}: {error}"
-        return key, file_sizes(image, mask), to_tensor(picture)
-
-    work = torch.utils.data.DataLoader(list(todo.values()), batch_size=None, collate_fn=load, num_workers=flags.workers)
+    work = torch.utils.data.DataLoader(list(todo.values()), batch_size=None, collate_fn=partial(load, flags), num_workers=flags.workers)
     with open(data, "ab") as numbers, open(index, "a") as lines:
         for key, sizes, picture in tqdm(work, desc="latents", unit="image", disable=rank > 0):
             if sizes is None:
                 raise InputError(picture)
             latent = torch.cat(vae.encode(picture[None].to(device)), dim=1)[0].half().cpu().numpy()
             entry = {"key": key, "file": data.name, "offset": numbers.tell(), "shape": latent.shape, "bytes": sizes,
-                     "crc32": zlib.crc32(latent.tobytes())}
+                     "version": done.get(key, {}).get("version", 0) + 1, "crc32": zlib.crc32(latent.tobytes())}
             numbers.write(latent.tobytes())
             numbers.flush()
             os.fsync(numbers.fileno())

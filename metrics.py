@@ -328,11 +328,9 @@ def load_clip(folder, device="cpu"):
     return fill(model, read_weights(folder), CLIP_NAMES, folder).to(device), ClipTokenizer(folder)
 
 
-def load_dino(path, device="cpu", eps=None):
-    """facebook/dino-vits16 as a folder, or the original dino_deitsmall16_pretrain.pth -> DINO.
-
-    eps of the norms: what config.json says (1e-12), and 1e-6 for the original file, unless given.
-    """
+def load_dino(path, device="cpu", eps=1e-6):
+    """facebook/dino-vits16 as a folder, or the original dino_deitsmall16_pretrain.pth -> DINO. eps of its norms: that of the original
+    code, which MagicBrush's evaluator runs; the config.json of the folder says 1e-12."""
     weights, path = read_weights(path), Path(path)
     if path.is_dir():
         cfg = read_json(path / "config.json")
@@ -340,13 +338,12 @@ def load_dino(path, device="cpu", eps=None):
             raise InputError(f"{path}/config.json: model_type {cfg.get('model_type')!r}; the ViT of DINO is needed")
         sizes = [cfg[key] for key in ("hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size")]
         length, patch, names = 1 + (cfg["image_size"] // cfg["patch_size"])**2, cfg["patch_size"], DINO_NAMES
-        eps = eps or cfg["layer_norm_eps"]
     else:
         if "pos_embed" not in weights or "blocks.0.mlp.fc1.weight" not in weights:
             raise InputError(f"{path}: not the original file of DINO: it has {', '.join(sorted(weights)[:3])}, ...")
         width, layers = weights["cls_token"].shape[-1], 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("blocks."))
         sizes = [width, width // 64, layers, len(weights["blocks.0.mlp.fc1.weight"])]
-        length, patch, names, eps = weights["pos_embed"].shape[1], weights["patch_embed.proj.weight"].shape[-1], DINO_FILE_NAMES, eps or 1e-6
+        length, patch, names = weights["pos_embed"].shape[1], weights["patch_embed.proj.weight"].shape[-1], DINO_FILE_NAMES
         for key in [key for key in weights if ".attn.qkv." in key]:
             for part, value in zip("qkv", weights.pop(key).chunk(3)):
                 weights[key.replace("qkv", part)] = value
@@ -509,7 +506,7 @@ def toy(flags):
         for name, values in groups[split].items():
             print(f"{name:16}{values['number']:8}" + "".join(f"{values[score]:14.3f}" for score in SCORES))
         edits = [row["sample"] for row in rows if row["sample"].images]
-        for name, output in (("output = source", lambda s: s.images[0]), ("output = target", lambda s: s.target)):
+        for name, output in (("output = source", lambda s: s.images[0]), ("output = target", lambda s: s.target)) if edits else ():
             values = means([judge(dataset.world, s.images[0], s.instruction, output(s)) for s in edits])
             print(f"{name:16}{len(edits):8}" + "".join(f"{values[score]:14.3f}" for score in SCORES))
     picture = Path(flags.out or Path(flags.ckpt).with_name("toy.png"))
@@ -542,8 +539,8 @@ def grid(flags):
         name = "/".join(Path(path).parts[-3:-1])
         rows.append([(e["output"], f"{name}{': exact' * e['exact']}", e["exact"]) for e in edits])
     rows.append([(e["sample"].target, "target", False) for e in edits])
-    sheet(rows, flags.out or "grid.png", 112 // rows[0][0][0].shape[0])
-    print(f"wrote {flags.out or 'grid.png'}")
+    sheet(rows, flags.out, 112 // rows[0][0][0].shape[0])
+    print(f"wrote {flags.out}")
 
 
 # ------------------------------------------------------------------------------------------- experiments
@@ -552,8 +549,6 @@ def pauses(flags):
     """Edits of a toy model with 0, 8, 16, 32 pause tokens, with as many words "the" in their place, and with four seeds each."""
     from sample import evaluate, select
     out, device = Path(flags.out), processes()[2]
-    if not out.parent.is_dir():
-        raise InputError(f"--out {out}: there is no folder {out.parent}")
     model, tokenizer, trained = toy_model(flags.ckpt, device)
     filler = copy(tokenizer)
     filler.pause = "the "
@@ -622,6 +617,8 @@ def read_arm(folder, columns, name):
 def compare(own, reference):
     """{seed: value} of two arms -> mean of own, mean difference and half its 95% interval over the seeds that both have."""
     seeds = sorted(own.keys() & reference.keys())
+    if not seeds:
+        raise InputError(f"no seed in common: {', '.join(own)} in one arm, {', '.join(reference)} in the other")
     return (float(np.mean([own[s] for s in seeds])), *interval([own[s] - reference[s] for s in seeds]))
 
 
@@ -630,22 +627,20 @@ def table(flags):
     columns = {label or path.replace("/", ", "): path for label, _, path in (column.rpartition(":") for column in flags.columns)}
     if len(columns) < len(flags.columns):
         raise InputError(f"--columns: two have one label among {', '.join(columns)}")
-    folders = {folder for row in flags.rows for folder in row.split(":")}
+    folders = {folder for row in flags.rows for folder in filter(None, row.split(":"))}
     short = len({Path(folder).name for folder in folders}) == len(folders)                 # are the last parts of the paths enough?
     default, first = flags.rows[0].partition(":")[0], next(iter(columns))
+    names = {folder: Path(folder).name if short else folder for folder in folders}
+    arms = {folder: read_arm(folder, columns.values(), flags.file) for folder in folders}
     pairs, references = {}, {}                             # {row: [({seed: value}, those of the reference) per column]}
-
-    def label(folder):
-        return Path(folder).name if short else folder
     for row in flags.rows:
         folder, _, named = row.partition(":")
         other = folder if flags.within else named or default
-        own = read_arm(folder, columns.values(), flags.file)
-        reference = own if other == folder else read_arm(other, columns.values(), flags.file)
-        against = f" against {label(other)}" if named and other != folder else ""
+        against = f" against {names[other]}" if named and other != folder else ""
         if flags.within or other != folder:
-            references["the run that it names" if against else first if flags.within else label(default)] = True
-        pairs[label(folder) + against] = [(own[path], reference[columns[first] if flags.within else path]) for path in columns.values()]
+            references["the run that it names" if against else first if flags.within else names[default]] = True
+        pairs[names[folder] + against] = [(arms[folder][path], arms[other][columns[first] if flags.within else path])
+                                          for path in columns.values()]
 
     def cell(own, reference):
         if own is reference:
@@ -724,11 +719,10 @@ def report(flags):
 EDIT_METRICS = ("clip_i", "dino", "clip_t", "clip_dir", "l1", "l2", "copied")
 
 
-def read_results(folder):
-    """The lines that `sample.py --data` wrote (results*.jsonl, or scores.jsonl where `score` has run), in a fixed order."""
-    folder = Path(folder)
-    files = [folder / "scores.jsonl"] if (folder / "scores.jsonl").exists() else sorted(folder.glob("results*.jsonl"))
-    rows = []
+def read_results(folder, scored=True):
+    """The lines that `sample.py --data` wrote (results*.jsonl; scored: scores.jsonl where `score` has run), in a fixed order."""
+    results, scores, rows = sorted(Path(folder).glob("results*.jsonl")), Path(folder) / "scores.jsonl", []
+    files = [scores] if scored and scores.exists() else results
     for file in files:
         for number, line in enumerate(file.read_text().splitlines(), 1):
             try:
@@ -738,6 +732,9 @@ def read_results(folder):
                 raise InputError(f"{file}:{number}: not a line of sample.py --data ({error!r})") from None
     if not rows:
         raise InputError(f"{folder}: no results there; make them with: sample.py --data FILE.jsonl --out {folder}")
+    edits = sum(len(file.read_text().splitlines()) for file in results)
+    if files == [scores] and edits not in (0, len(rows)):
+        raise InputError(f"{scores}: scores of {len(rows)} edits, but there are {edits}; run `metrics.py score {folder}` again")
     return sorted(rows, key=lambda row: (str(row["id"]), row["pauses"], row["seed"]))
 
 
@@ -753,22 +750,16 @@ def edit_metrics(rows, folder, clip, tokenizer, dino, against, device):
     against: what CLIP-I, DINO, L1 and L2 compare the output with, "target" (MagicBrush) or "source" (Emu-Edit). A metric that
     is not defined for a row (no source, no caption, two captions alike) is None.
     """
-    def image(row, key):
-        return open_image(folder / row[key]) if row.get(key) else None
-    images = [{key: image(row, key) for key in ("source", "target", "output")} for row in rows]
+    images = [{key: open_image(folder / row[key]) if row.get(key) else None for key in ("source", "target", "output")} for row in rows]
 
-    def features(encode, transform, key):
+    def features(encode, transform, key):                  # -> {place of the row: feature}, of the rows that have this image
         some = [k for k, own in enumerate(images) if own[key]]
-        out = [None] * len(rows)
-        if some:
-            found = encode(torch.stack([transform(images[k][key]) for k in some]).to(device)).float().cpu()
-            for k, feature in zip(some, found):
-                out[k] = feature
-        return out
-    size = clip.size
-    views = {"clip": (clip.image_features, lambda x: clip_pixels(x, size)), "dino": (dino.image_features, dino_pixels),
-             "direct": (clip.image_features, lambda x: direction_pixels(x, size))}
-    f = {(view, key): features(*views[view], key) for view in views for key in ("source", "output", against)}
+        if not some:
+            return {}
+        return dict(zip(some, encode(torch.stack([transform(images[k][key]) for k in some]).to(device)).float().cpu()))
+    views = {"clip": (clip.image_features, lambda x: clip_pixels(x, clip.size)), "dino": (dino.image_features, dino_pixels),
+             "direct": (clip.image_features, lambda x: direction_pixels(x, clip.size))}
+    f = {(view, key): features(*views[view], key) for view in views for key in {"source", "output", against}}
     texts = [row.get("source_caption") or "" for row in rows] + [row.get("target_caption") or "" for row in rows]
     ids, cut = tokenizer(texts)
     captions = clip.text_features(ids.to(device)).float().cpu()
@@ -807,9 +798,8 @@ def score(flags):
     """CLIP-I, DINO, CLIP-T, CLIP-Dir, L1, L2 and the share of copies of a folder of edits, by task, beside the unchanged source."""
     device, folder = processes()[2], Path(flags.folder)
     clip, tokenizer = load_clip(flags.clip, device)
-    dino = load_dino(flags.dino, device, eps=1e-6)        # the norm of the original code, which MagicBrush's evaluator runs
-    (folder / "scores.jsonl").unlink(missing_ok=True)      # read_results would prefer it
-    rows = read_results(folder)
+    dino = load_dino(flags.dino, device)
+    rows = read_results(folder, scored=False)
     against = flags.against or ("target" if all(row.get("target") for row in rows) else "source")
     done, cut = [], 0
     for start in tqdm(range(0, len(rows), flags.batch), desc="scores"):
@@ -879,7 +869,7 @@ def protocol(A, Fa, min_faithfulness, min_adherence, resamples=1000):
 def candidate_sets(rows, adherence, faithfulness):
     """Rows of results -> {name: (A, Fa)}: pause counts at one seed; as many seeds at one count (the control); each count alone."""
     items = {}
-    for row in sorted(rows, key=lambda row: (str(row["id"]), row["pauses"], row["seed"])):
+    for row in rows:
         items.setdefault(str(row["id"]), {})[row["pauses"], row["seed"]] = row
     pauses, seeds = (sorted({row[key] for row in rows}) for key in ("pauses", "seed"))
     sets = {"pause counts " + ", ".join(map(str, pauses)): [(p, seeds[0]) for p in pauses]}
@@ -981,24 +971,18 @@ def select(flags):
 def complex_edit(rows):
     """Complex-Edit: rows with IF, IP, PQ in 0..10 -> the means, and overall, the mean of each sample's own three."""
     scores = {key: sum(row[key] for row in rows) / len(rows) for key in ("IF", "IP", "PQ")}
-    return {**scores, "overall": sum(row["IF"] + row["IP"] + row["PQ"] for row in rows) / (3 * len(rows))}
+    return {**scores, "overall": sum(scores.values()) / 3}
 
 
 def madi_average(rows, if_high=7.0, idp_low=3.0, idp_high=7.0, if_low=3.0, weight=0.5):
     """The paper's aggregate of IF and IDP: samples with IF > if_high and IDP < idp_low are left out (another image, not an edit);
     IDP > idp_high with IF < if_low (nearly a copy) weighs `weight`; else (IF + IDP) / 2. The paper gives the first two numbers; the
     other three are ours. -> average, number left out, number with less weight."""
-    total = weights = 0.0
-    left_out = less = 0
-    for row in rows:
-        if row["IF"] > if_high and row["IDP"] < idp_low:
-            left_out += 1
-            continue
-        copy = row["IDP"] > idp_high and row["IF"] < if_low
-        less += copy
-        w = weight if copy else 1.0
-        total, weights = total + w * (row["IF"] + row["IDP"]) / 2, weights + w
-    return (total / weights if weights else None), left_out, less
+    kept = [row for row in rows if not (row["IF"] > if_high and row["IDP"] < idp_low)]
+    copies = [row["IDP"] > idp_high and row["IF"] < if_low for row in kept]
+    weights = [weight if copy else 1.0 for copy in copies]
+    total = sum(w * (row["IF"] + row["IDP"]) / 2 for w, row in zip(weights, kept))
+    return (total / sum(weights) if any(weights) else None), len(rows) - len(kept), sum(copies)
 
 
 def judged(flags):
@@ -1029,11 +1013,13 @@ def parser():
     p.error = lambda message: sys.exit(f"metrics.py: {message}")
     commands = p.add_subparsers(required=True)
     add = partial(add_command, commands, p.error)
-    for command, many, out in ((add(toy), None, "the picture; toy.png beside the checkpoint if not given"),
-                               (add(grid), "+", "the picture; grid.png if not given"), (add(pauses), None, "a JSON file; a picture goes beside it")):
+    for function, many in ((toy, None), (grid, "+"), (pauses, None)):
+        command = add(function)
         command.add_argument("--ckpt", required=True, nargs=many, help="checkpoint of train.py")
         command.add_argument("--steps", type=int, default=20, help="Euler steps")
-        command.add_argument("--out", required=out.startswith("a JSON"), help=out)
+    commands.choices["toy"].add_argument("--out", help="the picture; toy.png beside the checkpoint if not given")
+    commands.choices["grid"].add_argument("--out", default="grid.png", help="the picture")
+    commands.choices["pauses"].add_argument("--out", required=True, help="a JSON file; a picture goes beside it")
     commands.choices["toy"].add_argument("--data", choices=WORLDS, help="the world of the examples; the one of the training if not given")
     commands.choices["toy"].add_argument("--pauses", type=int, default=0, help="pause tokens after each prompt")
     commands.choices["toy"].add_argument("--plans", action="store_true", help="give each instruction its plan, as in training")
@@ -1073,6 +1059,9 @@ def main():
     flags = p.parse_args()
     if min(getattr(flags, "examples", 1), getattr(flags, "steps", 1), getattr(flags, "batch", 1)) < 1 or getattr(flags, "pauses", 0) < 0:
         p.error("--examples, --steps and --batch should be at least 1, --pauses at least 0")
+    for path in filter(None, (getattr(flags, "out", None), getattr(flags, "figure", None))):
+        if not Path(path).parent.is_dir():
+            raise InputError(f"{path}: there is no folder {Path(path).parent}")
     text = flags.run(flags)
     if text:
         print(text)

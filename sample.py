@@ -25,7 +25,7 @@ from tqdm import tqdm
 import magd
 from data import (BPE, WORLDS, Words, fit, make_condition, make_prompt, omnigen_folder, open_image, prepare, read_rows, sheet,
                   to_array, to_tensor, whole_lines)
-from metrics import judge
+from metrics import judge, pick
 from model import VAE, Config, InputError, Transformer, autocast, load_omnigen, load_vae, processes
 
 # ------------------------------------------------------------------------------------------- the sampler
@@ -87,11 +87,9 @@ def noise(shape, seeds, device):
 def select(scores, threshold):
     """Sec. 6.1: among the candidates with faithfulness >= threshold the one of highest adherence; if none passes, the most
     faithful. The other score breaks ties, then the order. scores: list of dicts -> (index, did any pass?)"""
-    both = [(score["adherence"], score["faithfulness"]) for score in scores]
-    passing = [k for k, (_, faithfulness) in enumerate(both) if faithfulness >= threshold]
-    if passing:
-        return max(passing, key=both.__getitem__), True
-    return max(range(len(both)), key=lambda k: both[k][::-1]), False
+    A, Fa = ([[score[key] for score in scores]] for key in ("adherence", "faithfulness"))
+    index = int(pick(A, Fa, "adherence", threshold)[0])
+    return (index, True) if index >= 0 else (int(pick(A, Fa, "faithfulness")[0]), False)
 
 
 def evaluate(model, tokenizer, dataset, indices, steps=20, text_scale=1.0, image_scale=1.0, interval=(0.0, 1.0), pauses=0, plans=False,
@@ -313,7 +311,7 @@ def edit_file(editor, flags):
                 raise InputError(f"{flags.data}:{number}: {error}") from None
             path = out / output_path(row, number, pauses, seed)
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(output).save(path)
+            Image.fromarray(output).save(path, quality=95)             # of a JPEG; a PNG has none
             if "geneval" in row:
                 (path.parent.parent / "metadata.jsonl").write_text(json.dumps(row["geneval"]) + "\n")
             paths = {"source": row["input_images"][0] if row["input_images"] else None, "target": row["output_image"], "output": path}
@@ -361,7 +359,7 @@ def main():
     cells = [(source, "source", False) for source in sources[:1]]
     cells += [(output, caption(record), k == chosen) for k, (record, output) in enumerate(zip(records, outputs))]
     sheet([cells], out.with_name(f"{out.stem}_sheet.png"), scale=max(1, 160 // width), title=flags.prompt)
-    Image.fromarray(outputs[chosen]).save(out)
+    Image.fromarray(outputs[chosen]).save(out, quality=95)
     with open(out.with_name(f"{out.stem}.jsonl"), "w") as file:
         for k, record in enumerate(records):
             file.write(json.dumps({**record, "chosen": k == chosen, "prompt": flags.prompt, "images": flags.image}) + "\n")

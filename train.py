@@ -37,15 +37,15 @@ from tqdm import tqdm
 
 import magd
 from data import (BPE, WORLDS, Latents, Pairs, Shapes, Words, cache_header, make_batch, make_prompt, micro_batches, omnigen_folder,
-                  sheet, to_array, to_tensor)
+                  sheet, to_array, to_tensor, whole_lines)
 from metrics import SCORES, breakdown
 from model import (Config, InputError, Transformer, autocast, fast_bf16, flops, is_first, load_omnigen, load_vae, own_part,
                    processes, save_omnigen, whole)
 from sample import evaluate, generate, load_checkpoint, noise, read_checkpoint
 
 PRESETS = {                               # values that differ from the defaults below; OmniGen's sizes come from its config.json
-    "toy": dict(data="shapes", size=16, patch=4, width=256, layers=3, heads=8, mlp=512, batch=64, steps=1300, lr=6e-3, muon_lr=0.03,
-                t_mean=-0.8),
+    "toy": dict(data="shapes", size=16, patch=4, width=96, layers=8, heads=6, mlp=192, batch=64, steps=1400, lr=6e-3, muon_lr=0.03,
+                t_mean=-0.8),                              # narrow and deep: layers are what finding the right thing to edit takes
     "small": dict(data="simple", size=16, patch=4, width=128, layers=3, heads=4, mlp=256, batch=64, steps=1000, lr=6e-3, muon_lr=0.03,
                   t_mean=-0.4, eval_steps=10),             # for experiments: many runs of some minutes
     "shapes64": dict(data="shapes64", size=64, patch=4, width=384, layers=8, heads=6, mlp=1024, batch=256, steps=10000, lr=1e-3,
@@ -191,7 +191,12 @@ class MicroBatches(torch.utils.data.Dataset):
 
     def __getitem__(self, indices):
         f = self.flags
-        batch = make_batch(self.dataset, indices, self.tokenizer, self.cfg.patch, f.seed, f.p_drop, f.p_plan, f.p_masked_source)
+        try:
+            batch = make_batch(self.dataset, indices, self.tokenizer, self.cfg.patch, f.seed, f.p_drop, f.p_plan, f.p_masked_source)
+        except InputError as error:
+            if torch.utils.data.get_worker_info() is None:
+                raise
+            return error                                               # a worker's exceptions arrive with its traceback
         shape = tuple(batch.x1.shape[1:])
         tokens = shape[1] * shape[2] // self.cfg.patch**2
         work = 3 * sum(flops(self.cfg, kind, tokens) for kind in batch.condition.kind)    # the backward costs two forwards
@@ -233,7 +238,7 @@ MAY_CHANGE = {"out", "resume", "preset", "eval_examples", "eval_steps", "text_sc
               "save_every", "sample_every", "checkpointing", "compile", "init", "latents"}
 
 
-def check_resume(state, flags, cfg, path):
+def check_resume(state, flags, cfg, words, path):
     """A resumed run has to be the same run."""
     changed = [f"--{key.replace('_', '-')} {value}" for key, value in state["flags"].items()
                if key not in MAY_CHANGE and value != getattr(flags, key)]
@@ -241,6 +246,8 @@ def check_resume(state, flags, cfg, path):
         raise InputError(f"{path}: this run was started with {', '.join(changed)}; resume it with the same")
     if state["config"] != asdict(cfg):
         raise InputError(f"{path}: it holds another model, {state['config']}; this command makes {asdict(cfg)}")
+    if state["words"] != words:
+        raise InputError(f"{path}: this run knows other words: {flags.data} has changed since it was started")
 
 
 def start_from(model, tokenizer, path):
@@ -270,7 +277,7 @@ def preview(model, tokenizer, dataset, flags, device, path, vae=None, n=8):
         source = pixels(images[0]) if images else np.full_like(target, 255)
         for row, image, caption in zip(cells, (source, output, target), (textwrap.fill(sample.instruction, 24), "output", "target")):
             row.append((image, caption, False))
-        if source.shape == target.shape:
+        if images and source.shape == target.shape:
             differences.append([np.abs(image.astype(float) - target).mean() / 255 for image in (output, source)])
     if is_first():
         sheet(cells, path, max(1, 128 // flags.size))
@@ -311,8 +318,7 @@ def main():
     last = out / "last.pt"
     try:
         (out / "samples").mkdir(parents=True, exist_ok=True)
-        with open(out / "log.jsonl", "a"):
-            pass
+        open(out / "log.jsonl", "a").close()
     except OSError as error:
         raise InputError(f"--out {out}: cannot write there ({error.strerror})") from None
     if last.exists() and not flags.resume:
@@ -339,6 +345,7 @@ def main():
         raw_model = Transformer(cfg).init_weights().to(device)
         if flags.init and not state:
             start_from(raw_model, tokenizer, flags.init)
+    words = None if omnigen else tokenizer.words
     raw_model.checkpointing = flags.checkpointing
     if flags.compile:
         raw_model.compile_blocks()
@@ -365,7 +372,7 @@ def main():
     # ------------------------------------------------------------------ resume
     first, seconds = 0, 0.0
     if state:
-        check_resume(state, flags, cfg, last)
+        check_resume(state, flags, cfg, words, last)
         raw_model.load_state_dict({key: own_part(state["model"][key], value) for key, value in raw_model.state_dict().items()})
         if learned:
             raw_mask_tokens.load_state_dict({key: own_part(state["mask_tokens"][key], value)
@@ -403,7 +410,7 @@ def main():
 
     # ------------------------------------------------------------------ loop
     if main_process:
-        log = [line for line in open(out / "log.jsonl") if json.loads(line)["step"] <= first]       # what is redone goes
+        log = [line for line in whole_lines(out / "log.jsonl") if json.loads(line)["step"] <= first]          # what is redone goes
         (out / "log.jsonl").write_text("".join(log))
     stop = []
     signal.signal(signal.SIGINT, lambda *_: stop.append(True))
@@ -420,7 +427,10 @@ def main():
         rate = learning_rate(step, flags)
         for group, full in zip((group for optimizer in optimizers for group in optimizer.param_groups), rates):
             group["lr"] = full * rate
-        for batch, draws, work in itertools.islice(batches, accumulate):
+        for item in itertools.islice(batches, accumulate):
+            if isinstance(item, InputError):
+                raise item
+            batch, draws, work = item
             x1, condition, draws = batch.x1.to(device), batch.condition.to(device), magd.Draws(*(d.to(device) for d in draws))
             weight = magd.edit_weight(x1, batch.source.to(device), batch.edit.to(device)) if flags.edit_weight else None
             with autocast(device, flags.bf16):
@@ -466,7 +476,6 @@ def main():
                 "tflops": values[12] / (now - tick)}
         if peak:
             line["mfu"] = line["tflops"] / (peak * world)              # without what checkpointing computes twice
-        tick = now
         if main_process:
             bar.set_postfix_str(f"loss {loss:.4f}, {line['images_per_s']:.0f} images/s")
             with open(out / "log.jsonl", "a") as file:
@@ -474,7 +483,7 @@ def main():
         if due or values[11]:
             names = [name for name, _ in raw_model.named_parameters()]
             state = whole({"step": done, "seconds": seconds + now - start, "config": asdict(cfg), "flags": vars(flags),
-                           "words": None if omnigen else tokenizer.words, "model": raw_model.state_dict(),
+                           "words": words, "model": raw_model.state_dict(),
                            "ema": dict(zip(names, average)),
                            "mask_tokens": raw_mask_tokens.state_dict() if learned else None,
                            "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
@@ -484,12 +493,16 @@ def main():
         if done % flags.sample_every == 0 and (main_process or omnigen):                  # a sharded model needs all processes
             swap(weights, average)
             preview(raw_model, tokenizer, dataset, flags, device, out / "samples" / f"step_{done:06d}.png", vae)
+            if omnigen:
+                raw_model.reshard()                                    # else the gathered averages would serve the next step
             swap(weights, average)
         if values[11]:
             bar.close()
             say(f"stopped at step {done} of {flags.steps}; {last} is saved. Go on with the same command and --resume.")
             sys.exit(130)
+        tick = time.perf_counter()                                     # saving and drawing are not training
     bar.close()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     seconds += time.perf_counter() - start
 
     # ------------------------------------------------------------------ how good is it?

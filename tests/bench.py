@@ -25,7 +25,7 @@ from sample import euler  # noqa: E402
 from train import Muon  # noqa: E402
 
 # name: configuration, target and reference (h, w) in latent pixels, text tokens, training batch
-SIZES = {"toy": (Config(vocab=80, width=256, layers=3, heads=8, mlp=512, channels=3, patch=4, grid=4, qk_norm=True), (16, 16), 8, 64),
+SIZES = {"toy": (Config(vocab=80, width=96, layers=8, heads=6, mlp=192, channels=3, patch=4, grid=4, qk_norm=True), (16, 16), 8, 64),
          "384 wide": (Config(vocab=1000, width=384, layers=6, heads=6, mlp=1024), (32, 64), 64, 1),
          "OmniGen-v1": (Config(), (128, 128), 64, 1)}
 

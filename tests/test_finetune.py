@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import ROOT, call, omnigen_folder, run
+from helpers import ROOT, SMALL, call, omnigen_folder, run
 from PIL import Image
 
 import data as data_module
-from data import BPE, Latents, bucket, cache_header, make_batch, micro_batches
+from data import BPE, Latents, bucket, cache_header, make_batch, micro_batches, shuffled
 import train
 from model import InputError, load_omnigen, load_vae
 
@@ -86,6 +86,15 @@ def test_an_interrupted_cache_continues(world, capsys):
     Image.new("RGB", (64, 64)).save(pairs.parent / "5.jpg")                               # an exchanged image is encoded again
     call(data_module, *again)
     assert "2 new latents" in capsys.readouterr().out                                           # itself and its masked version
+    for name in ("f16", "jsonl"):                                                               # as if process 1 of several had made it
+        (cache / f"0.{name}").rename(cache / f"1.{name}")
+    (cache / "1.jsonl").write_text((cache / "1.jsonl").read_text().replace("0.f16", "1.f16"))
+    Image.new("RGB", (64, 64), "white").save(pairs.parent / "5.jpg")
+    call(data_module, *again)
+    assert "2 new latents" in capsys.readouterr().out
+    assert Latents(pairs, cache, cache_header(folder / "vae", 128)).entries["5.jpg"]["file"] == "0.f16"           # the newest counts
+    call(data_module, *again)
+    assert "0 new latents" in capsys.readouterr().out
 
 
 def test_a_cache_that_does_not_fit_is_refused(world, tmp_path):
@@ -133,6 +142,28 @@ def test_micro_batches_have_one_size_and_miss_no_sample(world):
     assert len(flat) == len(set(flat)) == 120 and flat[:100] == list(range(100))
     batch = make_batch(data, groups[0], BPE(folder), 2, 0, 0.0, 1.0, 1.0)
     assert batch.x1.shape == (3, 4, *data.bucket(groups[0][0])[1:])
+
+
+def test_previews_with_averaged_weights_leave_the_training_alone(world, tmp_path):
+    """FSDP2 keeps what it gathered for a preview: the next step has to see the weights, not the averages."""
+    folder, pairs, _ = world
+    flags = ["--preset", "omnigen", "--init", f"omnigen:{folder}", "--data", pairs, "--size", 128, "--batch", 2, "--steps", 4, "--warmup", 0,
+             "--lr", 1e-2, "--ema", 0.9, "--eval-steps", 1]
+    for name, every in (("with", 2), ("without", 9)):
+        call(train, *flags, "--sample-every", every, "--out", tmp_path / name)
+    a, b = (torch.load(tmp_path / name / "last.pt", weights_only=True)["model"] for name in ("with", "without"))
+    assert all(a[key].equal(b[key]) for key in a)
+
+
+def test_bad_data_found_by_a_worker_is_one_clear_line(tmp_path):
+    Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_text("no picture")
+    rows = [{"instruction": "x", "input_images": ["a.png"], "output_image": f"{name}.png"} for name in "ab"]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    seed = next(seed for seed in range(99) if shuffled("ab", seed, 0) == "a")                 # the first sample is read before the workers start
+    done = run("train.py", *SMALL, "--data", tmp_path / "pairs.jsonl", "--size", 16, "--workers", 1, "--steps", 3, "--batch", 1, "--seed", seed,
+               "--out", tmp_path / "run")
+    assert done.returncode == 1 and "pairs.jsonl:2:" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.slow

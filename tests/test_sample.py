@@ -160,6 +160,7 @@ def test_bad_input_is_one_clear_line(checkpoint, picture, tmp_path, capsys, monk
     torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pt")
     good = {"--ckpt": checkpoint, "--image": path, "--prompt": instruction, "--out": tmp_path / "edit.png", "--steps": 1}
     cases = [({"--prompt": "make the teal circle blue"}, "unknown word 'teal'"), ({"--image": tmp_path / "none.png"}, "no such image"),
+             ({"--negative-prompt": "", "--guidance-interval": "0,0.5", "--image-scale": 2}, "the prompt is empty"),
              ({"--image": tmp_path / "text.png"}, "not an image"), ({"--ckpt": tmp_path / "none.pt"}, "no such checkpoint"),
              ({"--ckpt": tmp_path / "omnigen.pt"}, "give --init omnigen:"),
              ({"--ckpt": tmp_path / "broken.pt"}, "not a checkpoint that can be read"), ({"--ckpt": tmp_path / "shape.pt"}, "do not fit"),

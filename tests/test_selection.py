@@ -119,6 +119,10 @@ def test_scores_of_a_folder(edits, capsys):
     assert report["color"]["l1"] == {"mean": 0.0, "number": 2} and report["all, output = source"]["copied"]["mean"] == 1
     call(metrics, "score", edits, "--clip", FOLDER / "clip", "--dino", dino, "--against", "source")
     assert json.loads(open(edits / "scores.jsonl").readline())["l1"] == 0              # Emu-Edit's way: the copy is perfect
+    lines = (edits / "results.0.jsonl").read_text()
+    (edits / "results.1.jsonl").write_text(lines.splitlines()[0])                      # an edit made after the scores
+    with pytest.raises(InputError, match="scores of 3 edits, but there are 4"):
+        metrics.read_results(edits)
 
 
 def test_l1_and_l2_by_hand():

@@ -134,6 +134,10 @@ def test_table(arms, monkeypatch, capsys):
     assert lines[5] == "*3 seeds; mean ± 95% interval; in brackets the paired difference to iid, all, exact; bold: zero is outside.*"
     with pytest.raises(InputError, match="plain/0/result.json: no 'local' of iid/local/exact; there are all"):
         call(metrics, "table", "plain", "--columns", "iid/local/exact")
+    with pytest.raises(InputError, match="no seed in common: 0 in one arm, 7 in the other"):
+        compare({"0": 1.0}, {"7": 1.0})
+    with pytest.raises(InputError, match="none/figure.png: there is no folder none"):
+        call(metrics, "table", "plain", "--figure", "none/figure.png")
     with pytest.raises(InputError, match="two have one label among x"):
         call(metrics, "table", "plain", "--columns", "x:iid/all/exact", "x:novel/all/exact")
     call(metrics, "table", "plain", arms / "plain")                        # two folders of one name are two rows

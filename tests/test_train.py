@@ -99,7 +99,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path)
 
 
 def test_the_result_holds_what_it_should(tmp_path):
-    run("train.py", *SMALL[:-2], "--steps", 3, "--eval-examples", 6, "--eval-steps", 1, "--sample-every", 3, "--log-every", 3, "--seed", 5,
+    run("train.py", *SMALL[:-2], "--steps", 3, "--eval-examples", 6, "--eval-steps", 1, "--sample-every", 2, "--log-every", 20, "--seed", 5,
         "--out", tmp_path / "run", check=0)
     result = json.load(open(tmp_path / "run/result.json"))
     for split in ("iid", "novel"):
@@ -110,7 +110,7 @@ def test_the_result_holds_what_it_should(tmp_path):
     assert result["seconds"] > 0 and result["device"] and result["preset"] == "toy"
     line = json.loads(open(tmp_path / "run/log.jsonl").readline())
     assert len(line["loss_by_t"]) == 4 and 0 <= line["masked_tokens"] <= line["masked_samples"] <= 1 and line["images_per_s"] > 0
-    assert (tmp_path / "run/samples/step_000003.png").exists() and (tmp_path / "run/samples/final.png").exists()
+    assert (tmp_path / "run/samples/step_000002.png").exists() and (tmp_path / "run/samples/final.png").exists()
 
 
 def test_every_preset_names_only_flags_and_overrides_work(monkeypatch):
@@ -142,6 +142,10 @@ def test_a_run_is_neither_overwritten_nor_resumed_as_another(tmp_path):
     assert again.returncode == 1 and "already holds a run" in again.stderr and "Traceback" not in again.stderr
     other = run("train.py", *SMALL, "--steps", 2, "--tau", 0.5, "--resume", "--out", tmp_path / "run")
     assert other.returncode == 1 and "started with --tau 0.7" in other.stderr
+    state = weights(tmp_path / "run/last.pt")
+    torch.save({**state, "words": state["words"][::-1]}, tmp_path / "run/last.pt")
+    changed = run("train.py", *SMALL, "--steps", 2, "--resume", "--out", tmp_path / "run")
+    assert changed.returncode == 1 and "shapes has changed since it was started" in changed.stderr
 
 
 def textured_pairs(folder, n=16, size=32):

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data import open_image, read_rows  # noqa: E402
+from data import add_command, open_image, read_rows  # noqa: E402
 from model import InputError  # noqa: E402
 
 BACKOFF, MOST_WAIT = 1.0, 60.0            # seconds: before the second try, doubled before each further one; at most
@@ -479,9 +479,8 @@ def main():
     p.error = lambda message: sys.exit(f"mllm.py: {message}")
     commands = p.add_subparsers(required=True)
     for function in (plan, judge):
-        command = commands.add_parser(function.__name__, help=function.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        command.error = p.error
-        command.set_defaults(run=function, samples=1)
+        command = add_command(commands, p.error, function)
+        command.set_defaults(samples=1)
         command.add_argument("--data", required=True, help="a JSONL file")
         command.add_argument("--out", required=True, help="JSONL file to write, or to go on with")
         command.add_argument("--api", required=True, help="address of the endpoint, up to /chat/completions")
