@@ -134,6 +134,7 @@ def sprite(world, shape, style, size, y, x):
     return cover
 
 
+@lru_cache(None)
 def lit(color, light):
     gain, offset = LIGHTS[light]
     return np.asarray(gain, np.float32) * np.asarray(color, np.float32) + np.asarray(offset, np.float32)
@@ -142,7 +143,7 @@ def lit(color, light):
 def render(world, scene):
     """Scene -> (size, size, 3) uint8."""
     ground = lit(BACKGROUNDS[scene.background], scene.light)
-    image = np.tile(ground, (world.size, world.size, 1))
+    image = np.full((world.size, world.size, 3), ground)
     for thing in scene.things:
         row, column = (world.cell * k for k in thing.cell)
         cover = sprite(world, thing.shape, scene.style, thing.size, thing.y, thing.x)[:, :, None]

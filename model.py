@@ -128,8 +128,8 @@ def attend_to(q, k, v, attend):
     """softmax(q k^T / sqrt(E)) v with attend (broadcastable to (B, H, queries, keys)) or None, True = may look."""
     if q.device.type == "cpu" and k.shape[2] <= 128:     # torch's fused kernel is several times slower at toy lengths
         scores = (q * q.shape[-1]**-0.5) @ k.transpose(2, 3)                              # (B, H, queries, keys)
-        if attend is not None:
-            scores = scores.masked_fill(~attend, -torch.inf)
+        if attend is not None:                            # added, not filled in: a sum has nothing to do in the backward
+            scores = scores + torch.zeros_like(attend, dtype=scores.dtype).masked_fill(~attend, -torch.inf)
         return scores.softmax(dim=-1) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=attend)
 
@@ -176,7 +176,7 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = norm(), norm()
 
     def qkv(self, x, rope):                                                               # x (B, L, D)
-        q, k, v = rearrange(self.qkv_proj(x), "b l (three h e) -> three b h l e", three=3, h=self.heads)
+        q, k, v = (rearrange(y, "b l (h e) -> b h l e", h=self.heads) for y in self.qkv_proj(x).chunk(3, dim=-1))
         return rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope), v              # (B, H, L, E) each
 
     def output(self, y):                                                                  # y (B, H, L, E)
