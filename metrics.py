@@ -644,9 +644,9 @@ def table(flags):
 
     def cell(own, reference):
         if own is reference:
-            return "{:.3f} ± {:.3f}".format(*interval(list(own.values())))
+            return "{:.3f} ± {:.3f}".format(*interval(list(own.values()))).replace(" ± nan", "")       # one seed has no interval
         mean, difference, half = compare(own, reference)
-        text = f"{mean:.3f} ({difference:+.3f} ± {half:.3f})"
+        text = f"{mean:.3f} ({difference:+.3f} ± {half:.3f})".replace(" ± nan", "")
         return f"**{text}**" if abs(difference) > half else text
     lines = [["", *columns], *([name, *(cell(*pair) for pair in line)] for name, line in pairs.items())]
     if len(columns) > len(pairs):                          # the longer side goes down the page

@@ -89,7 +89,7 @@ def test_an_interrupted_cache_continues(world, capsys):
     for name in ("f16", "jsonl"):                                                               # as if process 1 of several had made it
         (cache / f"0.{name}").rename(cache / f"1.{name}")
     (cache / "1.jsonl").write_text((cache / "1.jsonl").read_text().replace("0.f16", "1.f16"))
-    Image.new("RGB", (64, 64), "white").save(pairs.parent / "5.jpg")
+    Image.linear_gradient("L").resize((64, 64)).save(pairs.parent / "5.jpg")
     call(data_module, *again)
     assert "2 new latents" in capsys.readouterr().out
     assert Latents(pairs, cache, cache_header(folder / "vae", 128)).entries["5.jpg"]["file"] == "0.f16"           # the newest counts

@@ -76,7 +76,7 @@ def test_corruptions_that_make_no_sense_are_refused(flags, message, parsed):
 
 @pytest.fixture
 def arms(tmp_path):
-    values = {"plain": {0: 0.50, 1: 0.70, 2: 0.60}, "magd": {0: 0.54, 1: 0.75, 2: 0.66}, "late": {0: 0.50, 1: 0.60}}
+    values = {"plain": {0: 0.50, 1: 0.70, 2: 0.60}, "magd": {0: 0.54, 1: 0.75, 2: 0.66}, "late": {0: 0.50, 1: 0.60}, "one": {2: 0.50}}
     for arm, seeds in values.items():
         for seed, value in seeds.items():
             (tmp_path / arm / str(seed)).mkdir(parents=True)
@@ -124,6 +124,8 @@ def test_table(arms, monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[2:5] == ["| plain | 0.600 ± 0.248 |", "| magd | **0.650 (+0.050 ± 0.025)** |", "| late | 0.550 (-0.050 ± 0.635) |"]
     assert "2 to 3 seeds" in lines[6] and Path("figure.png").exists()
+    call(metrics, "table", "one", "plain", "--columns", "iid/all/exact")   # one seed has no interval
+    assert capsys.readouterr().out.splitlines()[2:4] == ["| one | 0.500 |", "| plain | 0.600 (+0.100) |"]
     call(metrics, "table", "plain", "magd:late", "--columns", "iid/all/exact", "iid/all/adherence", "novel/all/exact")
     lines = capsys.readouterr().out.splitlines()                           # more columns than rows: turned
     assert lines[0] == "|  | plain | magd against late |"

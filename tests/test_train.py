@@ -126,7 +126,7 @@ def test_every_preset_names_only_flags_and_overrides_work(monkeypatch):
 def test_bad_flags_are_one_clear_line(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     cases = [(["--steps", "-3"], "-3 is not in [1, inf]"), (["--tau", "1.5"], "1.5 is not in [0, 1]"), (["--batch", "many"], "--batch"),
-             (["--size", "18", "--data", "x.jsonl"], "not a multiple of --patch"), (["--heads", "3"], "twice --heads"),
+             (["--size", "18", "--data", "x.jsonl"], "not a multiple of --patch"), (["--heads", "5"], "twice --heads"),
              (["--out", str(tmp_path / "file/run")], "cannot write there"), (["--data", str(tmp_path / "none.jsonl")], "no such file"),
              (["--resume", "--out", str(tmp_path)], "no such checkpoint"), (["--preset", "large"], "invalid choice")]
     for arguments, message in cases:
