@@ -903,7 +903,7 @@ def check(flags):
     sys.exit(bad > 0)
 
 
-def load(flags, item):
+def load_picture(flags, item):
     """What a worker of `latents` does: one picture -> key, file sizes, tensor; or key, None, what is wrong with it."""
     number, key, image, mask = item
     try:
@@ -948,7 +948,8 @@ def latents(flags):
             if zlib.crc32(key.encode()) % world == rank and done.get(key, {}).get("bytes") != file_sizes(image, mask):
                 todo.setdefault(key, (number, key, image, mask))
 
-    work = torch.utils.data.DataLoader(list(todo.values()), batch_size=None, collate_fn=partial(load, flags), num_workers=flags.workers)
+    work = torch.utils.data.DataLoader(list(todo.values()), batch_size=None, collate_fn=partial(load_picture, flags),
+                                       num_workers=flags.workers)
     with open(data, "ab") as numbers, open(index, "a") as lines:
         for key, sizes, picture in tqdm(work, desc="latents", unit="image", disable=rank > 0):
             if sizes is None:

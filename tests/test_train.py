@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, SMALL, run
+from helpers import ROOT, SMALL, call, run
 from PIL import Image, ImageFilter
 
 import train
@@ -137,15 +137,16 @@ def test_bad_flags_are_one_clear_line(tmp_path, monkeypatch):
 
 
 def test_a_run_is_neither_overwritten_nor_resumed_as_another(tmp_path):
-    run("train.py", *SMALL, "--steps", 2, "--out", tmp_path / "run", check=0)
-    again = run("train.py", *SMALL, "--steps", 2, "--out", tmp_path / "run")
-    assert again.returncode == 1 and "already holds a run" in again.stderr and "Traceback" not in again.stderr
-    other = run("train.py", *SMALL, "--steps", 2, "--tau", 0.5, "--resume", "--out", tmp_path / "run")
-    assert other.returncode == 1 and "started with --tau 0.7" in other.stderr
+    start = [*SMALL, "--steps", 2, "--out", tmp_path / "run"]
+    call(train, *start)
+    with pytest.raises(train.InputError, match="already holds a run"):
+        call(train, *start)
+    with pytest.raises(train.InputError, match="started with --tau 0.7"):
+        call(train, *start, "--tau", 0.5, "--resume")
     state = weights(tmp_path / "run/last.pt")
     torch.save({**state, "words": state["words"][::-1]}, tmp_path / "run/last.pt")
-    changed = run("train.py", *SMALL, "--steps", 2, "--resume", "--out", tmp_path / "run")
-    assert changed.returncode == 1 and "shapes has changed since it was started" in changed.stderr
+    with pytest.raises(train.InputError, match="shapes has changed since it was started"):
+        call(train, *start, "--resume")
 
 
 def textured_pairs(folder, n=16, size=32):
