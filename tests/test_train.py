@@ -99,8 +99,8 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path)
 
 
 def test_the_result_holds_what_it_should(tmp_path):
-    run("train.py", *SMALL[:-2], "--steps", 3, "--eval-examples", 6, "--eval-steps", 1, "--sample-every", 2, "--log-every", 20, "--seed", 5,
-        "--out", tmp_path / "run", check=0)
+    call(train, *SMALL[:-2], "--steps", 3, "--eval-examples", 6, "--eval-steps", 1, "--sample-every", 2, "--log-every", 20, "--seed", 5,
+         "--out", tmp_path / "run")
     result = json.load(open(tmp_path / "run/result.json"))
     for split in ("iid", "novel"):
         assert set(result[split]["all"]) == {"number", "exact", "adherence", "faithfulness"} and result[split]["all"]["number"] == 6
