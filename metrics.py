@@ -506,7 +506,9 @@ def toy(flags):
         for name, values in groups[split].items():
             print(f"{name:16}{values['number']:8}" + "".join(f"{values[score]:14.3f}" for score in SCORES))
         edits = [row["sample"] for row in rows if row["sample"].images]
-        for name, output in (("output = source", lambda s: s.images[0]), ("output = target", lambda s: s.target)) if edits else ():
+        for name, output in (("output = source", lambda s: s.images[0]), ("output = target", lambda s: s.target)):
+            if not edits:
+                continue                                               # a few examples can all be captions
             values = means([judge(dataset.world, s.images[0], s.instruction, output(s)) for s in edits])
             print(f"{name:16}{len(edits):8}" + "".join(f"{values[score]:14.3f}" for score in SCORES))
     picture = Path(flags.out or Path(flags.ckpt).with_name("toy.png"))
@@ -644,11 +646,12 @@ def table(flags):
 
     def cell(own, reference):
         if own is reference:
-            return "{:.3f} ± {:.3f}".format(*interval(list(own.values()))).replace(" ± nan", "")       # one seed has no interval
+            return "{:.3f} ± {:.3f}".format(*interval(list(own.values())))
         mean, difference, half = compare(own, reference)
-        text = f"{mean:.3f} ({difference:+.3f} ± {half:.3f})".replace(" ± nan", "")
+        text = f"{mean:.3f} ({difference:+.3f} ± {half:.3f})"
         return f"**{text}**" if abs(difference) > half else text
-    lines = [["", *columns], *([name, *(cell(*pair) for pair in line)] for name, line in pairs.items())]
+    # one seed has no interval
+    lines = [["", *columns], *([name, *(cell(*pair).replace(" ± nan", "") for pair in line)] for name, line in pairs.items())]
     if len(columns) > len(pairs):                          # the longer side goes down the page
         lines = [list(line) for line in zip(*lines)]
     counts = {len(own.keys() & reference.keys()) for line in pairs.values() for own, reference in line}

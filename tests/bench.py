@@ -22,10 +22,11 @@ import magd  # noqa: E402
 from metrics import markdown  # noqa: E402
 from model import PADDING, TEXT, VAE, Condition, Config, Transformer, attention_rule, autocast, fast_bf16, flops  # noqa: E402
 from sample import euler  # noqa: E402
-from train import Muon  # noqa: E402
+from train import PRESETS, Muon  # noqa: E402
 
 # name: configuration, target and reference (h, w) in latent pixels, text tokens, training batch
-SIZES = {"toy": (Config(vocab=80, width=96, layers=8, heads=6, mlp=192, channels=3, patch=4, grid=4, qk_norm=True), (16, 16), 8, 64),
+TOY = {key: PRESETS["toy"][key] for key in ("width", "layers", "heads", "mlp", "patch")}
+SIZES = {"toy": (Config(vocab=80, channels=3, grid=4, qk_norm=True, **TOY), (16, 16), 8, PRESETS["toy"]["batch"]),
          "384 wide": (Config(vocab=1000, width=384, layers=6, heads=6, mlp=1024), (32, 64), 64, 1),
          "OmniGen-v1": (Config(), (128, 128), 64, 1)}
 
