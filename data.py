@@ -751,7 +751,7 @@ def tokenize(tokenizer, prompt, sizes):
 
 def to_tensor(image):
     """(..., h, w, 3) uint8 -> (..., 3, h, w) in [-1, 1]; a latent stays as it is"""
-    return image if torch.is_tensor(image) else torch.tensor(image).movedim(-1, -3).float() / 127.5 - 1
+    return image if torch.is_tensor(image) else torch.from_numpy(np.float32(image)).movedim(-1, -3) / 127.5 - 1
 
 
 def to_array(x):
@@ -767,8 +767,10 @@ def make_condition(tokenizer, prompts, images, patch):
         rows.append((ids, kind))
         placed += [own[k] for k in order]
     L = max(len(ids) for ids, _ in rows)
+    # few large tensors: each is a message of its own from a worker, and a copy of its own to a GPU
+    stacks = [torch.stack(list(alike)) for _, alike in itertools.groupby(placed, lambda image: image.shape)]
     return Condition(torch.tensor([[0] * (L - len(ids)) + ids for ids, _ in rows]),
-                     torch.tensor([[PADDING] * (L - len(kind)) + kind for _, kind in rows]), placed)
+                     torch.tensor([[PADDING] * (L - len(kind)) + kind for _, kind in rows]), stacks)
 
 
 # ------------------------------------------------------------------------------------------- batches

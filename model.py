@@ -61,11 +61,11 @@ class Condition(NamedTuple):
     """A batch of prompts with their reference images, left-padded to the longest row."""
     ids: torch.Tensor                     # (B, L) int64; anything at padding and image slots
     kind: torch.Tensor                    # (B, L) int64 on the CPU: PADDING, TEXT, or k for the k-th image of the row
-    images: list                          # of (C, h, w): the images of all rows, in reading order
+    images: list                          # of (k, C, h, w): the images of all rows in reading order, neighbours of one shape stacked
 
     def to(self, device):
         return Condition(self.ids.to(device, non_blocking=True), self.kind,
-                         [image.to(device, non_blocking=True) for image in self.images])
+                         [stack.to(device, non_blocking=True) for stack in self.images])
 
 
 class Cache(NamedTuple):
@@ -155,7 +155,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         if x.is_cuda or x.dtype != torch.float32:
-            return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+            with torch.autocast(x.device.type, enabled=False):         # it would turn a bf16 stream into float32 and back
+                return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
         scale = (torch.linalg.vecdot(x, x) / x.shape[-1] + self.eps).rsqrt()
         return x * (scale[..., None] * self.weight)
 
@@ -299,7 +300,7 @@ class Transformer(nn.Module):
         self.t_embedder = TimeEmbed(cfg.width)
         self.final_layer = FinalLayer(cfg)
         self.register_buffer("pos_embed", torch.empty(1, cfg.grid**2, cfg.width))
-        self.checkpointing = False                        # recompute each block in the backward, to save memory
+        self.checkpointing = 0                            # so many blocks are recomputed in the backward, to save memory
 
     def init_weights(self):
         """Xavier matrices, small embeddings; zero where a block or the model ends, so that it starts as the identity, then zero."""
@@ -347,8 +348,9 @@ class Transformer(nn.Module):
         for block in self.llm.layers:
             block.forward = torch.compile(block.forward, dynamic=True)
 
-    def run(self, block, *inputs):
-        if self.checkpointing and torch.is_grad_enabled():
+    def run(self, number, *inputs):
+        block = self.llm.layers[number]
+        if number < self.checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
 
@@ -359,9 +361,9 @@ class Transformer(nn.Module):
         x = self.llm.embed_tokens(ids)                                                    # (B, L, D)
         # also without any image, so that all processes of a sharded model have gradients of the same parameters
         none = x.new_zeros(0, self.input_x_embedder.proj.weight[0].numel())
-        patches = torch.cat([none, *(patchify(image, P) for image in images)])            # (all image tokens, C*P*P)
+        patches = torch.cat([none, *(patchify(stack, P).flatten(0, 1) for stack in images)])              # (all image tokens, C*P*P)
         embedded = self.input_x_embedder(patches)                                         # (all image tokens, D)
-        where = [self.positions(image.shape[-2] // P, image.shape[-1] // P) for image in images]
+        where = [self.positions(stack.shape[2] // P, stack.shape[3] // P).repeat(len(stack), 1) for stack in images]
         embedded = embedded + torch.cat([embedded[:0], *where])
         slots = (kind > TEXT).flatten().nonzero()[:, 0].to(device)
         x = x.flatten(0, 1).index_copy(0, slots, embedded.to(x.dtype)).view_as(x)         # (B, L, D)
@@ -401,9 +403,10 @@ class Transformer(nn.Module):
         before, after = attention_plans(condition.kind, N, x.device)
         plan = [(rows, padding, runs + [(L + start, L + stop, keys, attend) for start, stop, keys, attend in more])
                 for (rows, padding, runs), (_, _, more) in zip(before, after)]
-        for block in self.llm.layers[:-1]:
-            x, _ = self.run(block, x, rope, plan)                                         # (B, L + 1 + N, D)
-        x, _ = self.run(self.llm.layers[-1], x, rope, after, None, L)                     # (B, 1 + N, D)
+        last = len(self.llm.layers) - 1
+        for number in range(last):
+            x, _ = self.run(number, x, rope, plan)                                        # (B, L + 1 + N, D)
+        x, _ = self.run(last, x, rope, after, None, L)                                    # (B, 1 + N, D)
         return self.read_out(x, features, x_t)
 
     @torch.no_grad()

@@ -51,7 +51,7 @@ PRESETS = {                               # values that differ from the defaults
     "shapes64": dict(data="shapes64", size=64, patch=4, width=384, layers=8, heads=6, mlp=1024, batch=256, steps=10000, lr=1e-3,
                      muon_lr=0.01, p_plan=0.5, p_masked_source=0.5, ema=0.999, warmup=200),
     "omnigen": dict(size=1024, batch=128, micro_batch=1, steps=3200, lr=1e-4, muon_lr=0.0, warmup=800, ema=0.0, edit_weight=True,
-                    p_plan=0.5, p_masked_source=0.5, checkpointing=True, eval_steps=50, text_scale=2.5, image_scale=1.5, log_every=1),
+                    p_plan=0.5, p_masked_source=0.5, checkpointing=None, eval_steps=50, text_scale=2.5, image_scale=1.5, log_every=1),
 }
 PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100": 989, "A100": 312, "L40": 181, "RTX 4090": 165, "A10": 125}   # dense bf16
 
@@ -85,7 +85,8 @@ def parse_flags():
     p.add_argument("--layers", type=count)
     p.add_argument("--heads", type=count)
     p.add_argument("--mlp", type=count, help="hidden width of the feed-forward")
-    p.add_argument("--checkpointing", action=switch, default=False, help="recompute blocks in the backward: less memory, a third more work")
+    p.add_argument("--checkpointing", type=none_or_more, default=0, help="blocks that the backward recomputes: less memory, up to a third "
+                   "more work; with --preset omnigen as few as the GPU's memory asks for, if not given")
     p.add_argument("--prediction", choices=magd.PREDICTIONS, default="velocity", help="what the network's output means")
     # the paper
     p.add_argument("--p-magd", type=share, default=0.5, help="chance that a sample of high noise is masked; 0 = plain training")
@@ -118,7 +119,8 @@ def parse_flags():
     # system
     p.add_argument("--bf16", action=switch, default=True, help="bf16 matrix products where the device is fast at them")
     p.add_argument("--compile", action=switch, default=False, help="torch.compile the blocks: some minutes at the start")
-    p.add_argument("--workers", type=none_or_more, help="processes that make batches ahead; with a GPU 8, without 0 if not given")
+    p.add_argument("--workers", type=none_or_more, help="processes that make batches ahead; if not given, with a GPU its share of the cores, "
+                   "at most 16, without 0")
     p.add_argument("--log-every", type=count, default=20)
     p.add_argument("--save-every", type=count, default=200)
     p.add_argument("--sample-every", type=count, default=400)
@@ -168,19 +170,22 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
+            shapes = {}                                                # matrices of one shape are one batch of products
             for p in group["params"]:
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                momentum.lerp_(p.grad, 1 - group["momentum"])
-                x = p.grad.lerp(momentum, group["momentum"]).to(self.dtype)
-                rows, columns = p.shape
-                x = x.T if rows > columns else x
-                x = x / x.norm().clamp(min=1e-7)
+                shapes.setdefault(p.shape, []).append(p)
+            for (rows, columns), same in shapes.items():
+                grads = [p.grad for p in same]
+                momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in same]
+                torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+                x = torch.stack(torch._foreach_lerp(grads, momenta, group["momentum"])).to(self.dtype)    # (matrices, rows, columns)
+                x = x.mT if rows > columns else x
+                x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
                 for _ in range(5):                                     # the singular values of x go towards 1
-                    a = x @ x.T
-                    x = torch.addmm(x, torch.addmm(a, a, a, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
-                x = x.T if rows > columns else x
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(x.to(p.dtype), alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+                    a = x @ x.mT
+                    x = torch.baddbmm(x, torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+                x = x.mT if rows > columns else x
+                torch._foreach_mul_(same, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(same, x.to(same[0].dtype).unbind(), alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
 
 
 class MicroBatches(torch.utils.data.Dataset):
@@ -215,14 +220,14 @@ def shard(model, device, bf16):
         register_fsdp_forward_method(model, method)
 
 
-def memory(cfg, parameters, L, N, flags, micro, world, checkpointing):
-    """About how many bytes a GPU needs: the states of the optimizer, a few gathered blocks, activations."""
+def memory(cfg, parameters, L, N, flags, micro, world, recomputed):
+    """About how many bytes a GPU needs if so many blocks are recomputed: states of the optimizer, a few gathered blocks, activations."""
     states = (16 + 4 * (flags.ema > 0)) * parameters / world           # float32 weights, gradients, two moments of AdamW, mean
     gathered = 3 * 2 * parameters / cfg.layers                         # bf16 weights of the running block, the next, its gradient
-    inside = 2 * (10 * cfg.width + 4 * cfg.mlp)                        # what the backward of a block needs of a token
-    between = 2 * cfg.width * (L + N)                                  # inputs of a block
-    kept = cfg.layers * between + inside * (L + N) if checkpointing else cfg.layers * inside * (L + N)
-    return states + gathered + micro * kept
+    inside = 2 * (11 * cfg.width + 4 * cfg.mlp)                        # what the backward of a block needs of a token
+    # a recomputed block keeps its input alone, but one of them at a time has everything
+    kept = recomputed * 2 * cfg.width + min(cfg.layers, cfg.layers - recomputed + 1) * inside
+    return states + gathered + micro * (L + N) * kept
 
 
 def save(path, state):
@@ -346,7 +351,6 @@ def main():
         if flags.init and not state:
             start_from(raw_model, tokenizer, flags.init)
     words = None if omnigen else tokenizer.words
-    raw_model.checkpointing = flags.checkpointing
     if flags.compile:
         raw_model.compile_blocks()
     learned = flags.mask_token == "learned" and flags.p_magd > 0
@@ -396,15 +400,20 @@ def main():
     say(f"{flags.data} at {flags.size} pixels: up to {N} target tokens and {L} of the condition; a vocabulary of {len(tokenizer)}")
     say(f"{count / 1e6:.2f}M parameters, {work / 1e9:.2f} GFLOP a sample")
     say(f"{flags.steps} steps of {flags.batch} samples = {world} x {device.type} x {micro} at once x {accumulate} in turn")
+    raw_model.checkpointing = flags.checkpointing
     if omnigen:
-        less, more = (memory(cfg, count, L, N, flags, micro, world, checkpointing) for checkpointing in (True, False))
-        need = less if flags.checkpointing else more
+        needs = [memory(cfg, count, L, N, flags, micro, world, blocks) for blocks in range(cfg.layers + 1)]
         has = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
-        say(f"memory: about {less / 1e9:.1f} GB with --checkpointing, {more / 1e9:.1f} GB with --no-checkpointing (a quarter less to compute) on "
-            f"each of {world} x {device.type}" + (f", which has {has / 1e9:.1f} GB" if has else ""))
+        if flags.checkpointing is None:                                # the estimate knows nothing of the allocator's losses
+            flags.checkpointing = next((blocks for blocks, need in enumerate(needs) if not has or need < 0.85 * has), cfg.layers)
+        raw_model.checkpointing = min(flags.checkpointing, cfg.layers)
+        need = needs[raw_model.checkpointing]
+        say(f"memory: about {need / 1e9:.1f} GB on each of {world} x {device.type}" + (f", which has {has / 1e9:.1f} GB" if has else "") +
+            f", with {raw_model.checkpointing} of {cfg.layers} blocks recomputed (--checkpointing); {needs[0] / 1e9:.1f} GB with none, "
+            f"{needs[-1] / 1e9:.1f} GB with all")
         if has and need > has:
             raise InputError(f"this plan needs about {need / 1e9:.0f} GB on each GPU, which has {has / 1e9:.0f} GB: use more GPUs, a "
-                             f"smaller --micro-batch or --size, or --checkpointing")
+                             f"smaller --micro-batch or --size, or a larger --checkpointing")
     if first:
         say(f"resuming at step {first}")
 
@@ -419,7 +428,8 @@ def main():
     peak = next((value for name, value in PEAK_TFLOPS.items() if device.type == "cuda" and name in torch.cuda.get_device_name()), None)
     # this process takes every world-th micro-batch of the order, from the first one that is not done yet
     share = itertools.islice(micro_batches(dataset, micro), first * accumulate * world + rank, flags.steps * accumulate * world, world)
-    workers = 8 * (device.type == "cuda") if flags.workers is None else flags.workers
+    cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    workers = flags.workers if flags.workers is not None else min(16, cores) if device.type == "cuda" else 0
     batches = iter(torch.utils.data.DataLoader(steps, batch_size=None, sampler=share, num_workers=workers))
     bar = tqdm(range(first, flags.steps), initial=first, total=flags.steps, disable=not main_process, unit="step")
     start = tick = time.perf_counter()
@@ -451,8 +461,8 @@ def main():
             optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             decay = min(flags.ema, (step + 1) / (step + 10))                               # the first weights are soon forgotten
-            for mean, value in zip(average, weights):
-                mean.lerp_(value, 1 - decay)
+            if average:
+                torch._foreach_lerp_(average, weights, 1 - decay)
             stats[10] += norm
             stats[11] += bool(stop)
 

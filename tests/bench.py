@@ -38,7 +38,7 @@ def condition_of(cfg, texts, images, device):
         row = [TEXT] * (text // 2)
         for number, (h, w) in enumerate(sizes, 1):
             row += [number] * (h * w // cfg.patch**2)
-            latents.append(torch.randn(cfg.channels, h, w))
+            latents.append(torch.randn(1, cfg.channels, h, w))
         rows.append(row + [TEXT] * (text - text // 2))
     L = max(map(len, rows))
     kind = torch.tensor([[PADDING] * (L - len(row)) + row for row in rows])
@@ -103,7 +103,7 @@ def padded_inputs(cfg, condition, target, dtype):
     for b, row in enumerate(condition.kind.tolist()):
         if 1 in row:
             sizes[b] = [[row.index(1), len(row) - row[::-1].index(1)]]
-    return dict(input_ids=condition.ids, input_img_latents=[image[None].to(dtype) for image in condition.images], input_image_sizes=sizes,
+    return dict(input_ids=condition.ids, input_img_latents=[image.to(dtype) for image in condition.images], input_image_sizes=sizes,
                 attention_mask=attend.to(device), position_ids=(real.cumsum(1) - 1).clamp(min=0).to(device), return_dict=False)
 
 
@@ -163,7 +163,6 @@ def speed(name, device, repeats, compiled):
             reference = seconds(lambda: other(x[:3].to(dtype), t[:3], **inputs), device, repeats)
         note("sampling step, three branches", took, step, reference=other and reference)
 
-    model.checkpointing = full
     shape = tuple(x.shape[1:])
     draws = magd.Draws(*(d.to(device) for d in magd.draw(shape, N, range(batch))))
 

@@ -81,9 +81,9 @@ def test_images_stand_where_their_tags_are():
     assert kind == [0, 0, 1, 1, 1, 0, 0, 0, 2, 2, 0, 3, 3, 3]
     assert [i for i, k in zip(ids, kind) if k == 0] == words.encode("put <img> </img> on <img> </img>")
     images = [torch.full((3, 4, 8), 1.0), torch.full((3, 4, 12), 2.0)]
-    condition = make_condition(words, ["put", "put <|image_2|> on <|image_1|>"], [[], images], 4)
-    assert [image.shape[2] for image in condition.images] == [12, 8]
-    assert condition.kind.tolist() == [[PADDING] * 6 + [0], [0, 1, 1, 1, 0, 2, 2]]
+    condition = make_condition(words, ["put", "put <|image_2|> on <|image_1|>", "put <|image_1|>"], [[], images, images[:1]], 4)
+    assert [stack[:, 0, 0, 0].tolist() for stack in condition.images] == [[2.0], [1.0, 1.0]]          # neighbours of one shape
+    assert condition.kind.tolist() == [[PADDING] * 6 + [0], [0, 1, 1, 1, 0, 2, 2], [PADDING] * 4 + [0, 1, 1]]
 
 
 @pytest.mark.parametrize("text, n", [("swap <|image_1|> and <|image_3|>", 3), ("look at <|image_1|>", 2), ("look at <|image_1|>", 0)])

@@ -36,7 +36,7 @@ def condition_of(case):
         kind[b, :ids.shape[1] - len(row["unpadded_ids"])] = PADDING
         for k, (start, stop) in enumerate(facts["spans"].get(str(b), []), 1):
             kind[b, start:stop] = k
-    images = [REFERENCE[f"forward/{case}/ref_{k}"][0] for k in range(len(facts["refs_in_sequence_order"]))]
+    images = [REFERENCE[f"forward/{case}/ref_{k}"] for k in range(len(facts["refs_in_sequence_order"]))]
     return Condition(ids, kind, images)
 
 
