@@ -1,11 +1,7 @@
-"""How good is an edit? The oracle of the toy world, which knows; CLIP and DINO for photographs; selection; tables and figures.
+"""How good is an edit? The oracle of the toy world, which knows; CLIP and DINO for photographs; selection.
 
     python metrics.py toy --ckpt out/toy/last.pt             exact, adherence and faithfulness by task and complexity
-    python metrics.py grid --ckpt A.pt B.pt                  the same edits by several models, as a picture
     python metrics.py score DIR --clip FOLDER --dino FOLDER  CLIP-I, DINO, CLIP-T, CLIP-Dir, L1, L2 of edits by sample.py --data
-    python metrics.py pauses --ckpt FILE --out FILE.json     a toy model with pause tokens, other fillers and other seeds
-    python metrics.py table DIR... --columns KEY...          runs compared over their seeds, as Markdown and as a figure
-    python metrics.py report RESULTS.md                      make every table of that file again
     python metrics.py select DIR                             the paper's selection among candidates (Sec. 6.1, Table 3)
     python metrics.py judged FILE                            the averages of an MLLM's judgements (tools/mllm.py judge)
 
@@ -13,15 +9,11 @@ The oracle's adherence: was the instruction carried out? faithfulness: is everyt
 judged from source, instruction and output alone, by reading the scene back from the pixels; the target image is never looked at.
 """
 import argparse
-import itertools
 import json
 import math
 import re
-import shlex
 import sys
-import textwrap
 import time
-from copy import copy
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -34,7 +26,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from data import (BACKGROUNDS, CAPTIONS, COLORS, EDITS, LIGHTS, NUMBERS, RELATIONS, STYLES, WHOLE, WORLDS, Scene, Shapes, Thing,
-                  add_command, corner, lit, open_image, plural, read_instruction, related, sheet, sprite)
+                  add_command, corner, lit, open_image, plural, read_instruction, related, sprite)
 from model import InputError, check_shapes, optional, processes, read_json
 
 # A cell that differs from the best drawing of it by more than this (root mean square, images in [0, 1]) is not readable.
@@ -426,7 +418,7 @@ def direction(source, output, source_text, output_text):
     return torch.where(b.norm(dim=-1) < 1e-6, torch.nan, cosine)       # an unchanged image has cosine 0
 
 
-# ------------------------------------------------------------------------------------------- tables and figures
+# ------------------------------------------------------------------------------------------- scores of a toy model
 
 SCORES = ("exact", "adherence", "faithfulness")
 
@@ -476,6 +468,12 @@ def bars(title, groups, path):
     page.save(path)
 
 
+def check_folder(path):
+    """Before minutes of work: can the file be written in the end?"""
+    if path and not Path(path).parent.is_dir():
+        raise InputError(f"{path}: there is no folder {Path(path).parent}")
+
+
 def toy_model(path, device="cpu"):
     """load_checkpoint of sample.py, for a model of a toy world."""
     from sample import load_checkpoint                        # here, since sample.py imports this file for its oracle
@@ -517,204 +515,6 @@ def toy(flags):
                                                                        "guidance_interval")}}
     picture.with_suffix(".json").write_text(json.dumps({**groups, **settings, "seconds": seconds}))
     print(f"\nsampled and judged in {seconds:.1f} s; wrote {picture} and {picture.with_suffix('.json')}")
-
-
-def some_edits(dataset, n):
-    """The indices of the first n samples that are edits, not captions."""
-    return list(itertools.islice((k for k in itertools.count() if dataset.sample(k).images), n))
-
-
-def grid(flags):
-    """A picture of the same held-out edits by several toy models: source and instruction, one row a model, target."""
-    from sample import evaluate
-    rows, first = [], None
-    for path in flags.ckpt:
-        model, tokenizer, trained = toy_model(path)
-        dataset = Shapes(trained["data"], "iid", trained["seed"])
-        first = first or (trained["data"], trained["seed"])
-        if (trained["data"], trained["seed"]) != first:
-            raise InputError(f"{path} was trained on {trained['data']} with seed {trained['seed']}, the first model on {first[0]} with seed "
-                             f"{first[1]}: their held-out edits differ")
-        edits = evaluate(model, tokenizer, dataset, some_edits(dataset, 8), flags.steps)
-        if not rows:
-            rows.append([(e["sample"].images[0], textwrap.fill(e["sample"].instruction, 18), False) for e in edits])
-        name = "/".join(Path(path).parts[-3:-1])
-        rows.append([(e["output"], f"{name}{': exact' * e['exact']}", e["exact"]) for e in edits])
-    rows.append([(e["sample"].target, "target", False) for e in edits])
-    sheet(rows, flags.out, 112 // rows[0][0][0].shape[0])
-    print(f"wrote {flags.out}")
-
-
-# ------------------------------------------------------------------------------------------- experiments
-
-def pauses(flags):
-    """Edits of a toy model with 0, 8, 16, 32 pause tokens, with as many words "the" in their place, and with four seeds each."""
-    from sample import evaluate, select
-    out, device = Path(flags.out), processes()[2]
-    model, tokenizer, trained = toy_model(flags.ckpt, device)
-    filler = copy(tokenizer)
-    filler.pause = "the "
-    dataset = Shapes(trained["data"], "iid", trained["seed"])
-    indices = some_edits(dataset, flags.examples)
-    counts, seeds = (0, 8, 16, 32), range(4)
-    rows = {(kind, count, seed): evaluate(model, words, dataset, indices, flags.steps, flags.text_scale, flags.image_scale,
-                                            flags.guidance_interval, count, seed=seed, device=device, progress=False)
-            for seed in tqdm(seeds, desc="seeds") for kind, words in (("pauses", tokenizer), ("fillers", filler))
-            for count in counts if kind == "pauses" or count}
-
-    def best(candidates):                                  # of each example, as sample.py chooses
-        return [own[select(own, LIMITS["faithfulness"])[0]] for own in zip(*candidates)]
-    sets = {f"{count} {kind}": sum((rows[kind, count, seed] for seed in seeds), []) for kind, count, seed in rows if seed == 0}
-    sets["best of 4 counts"] = sum((best([rows["pauses", count, seed] for count in counts]) for seed in seeds), [])
-    for count in counts:
-        sets[f"best of 4 seeds, {count} pauses"] = best([rows["pauses", count, seed] for seed in seeds])
-    result = {name: breakdown(own) for name, own in sets.items()}
-
-    def scores(candidates):                                # -> A, Fa (examples, candidates)
-        return [np.array([[row[key] for row in own] for own in zip(*candidates)]) for key in ("adherence", "faithfulness")]
-    result["table 3"] = {name: protocol(*scores([rows["pauses", *c] for c in chosen]), LIMITS["faithfulness"], LIMITS["adherence"])
-                         for name, chosen in {"0 pauses": [(0, 0)], "4 counts": [(count, 0) for count in counts],
-                                              "4 seeds": [(0, seed) for seed in seeds]}.items()}
-    # the picture is of the example whose candidates differ most: about half of them exact
-    shown = min(range(len(indices)), key=lambda k: abs(8 - sum(rows["pauses", c, s][k]["exact"] for c in counts for s in seeds)))
-    sample = rows["pauses", 0, 0][shown]["sample"]
-    cells = [[(sample.images[0], "source", False)] + [None] * 2 + [(sample.target, "target", False)]]
-    cells += [[(row["output"], f"{count} pauses, seed {seed}", row["exact"]) for seed in seeds for row in [rows["pauses", count, seed][shown]]]
-              for count in counts]
-    sheet(cells, out.with_suffix(".png"), 6, title=f"{sample.instruction}; framed: exact")
-    out.write_text(json.dumps({**result, "ckpt": flags.ckpt, "examples": len(indices), "steps": flags.steps}))
-    print(f"wrote {out} and {out.with_suffix('.png')}")
-
-
-# Student's t, 97.5%, for 1 to 9 degrees of freedom; for more the last one serves, a little too wide
-T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-
-
-def interval(values):
-    """-> mean and half the width of its 95% interval (Student's t; nan for one value)."""
-    n = len(values)
-    return float(np.mean(values)), float(T95[min(n, 10) - 2] * np.std(values, ddof=1) / n**0.5) if n > 1 else math.nan
-
-
-def read_arm(folder, columns, name):
-    """FOLDER/SEED/name, a JSON file per seed -> {column: {seed: value}}. A column is a path of keys such as iid/edits/exact."""
-    files = sorted(Path(folder).glob(f"*/{name}"))
-    if not files:
-        raise InputError(f"{folder}: no {name} in its folders; a run of runs/*.sh leaves FOLDER/SEED/{name} there")
-    arm = {column: {} for column in columns}
-    for file in files:
-        whole = read_json(file)
-        for column in columns:
-            value = whole
-            for key in column.split("/"):
-                if not isinstance(value, dict) or key not in value:
-                    raise InputError(f"{file}: no {key!r} of {column}; there are {', '.join(value) if isinstance(value, dict) else 'none'}")
-                value = value[key]
-            if not isinstance(value, (int, float)):
-                raise InputError(f"{file}: {column} is not a number")
-            arm[column][file.parent.name] = value
-    return arm
-
-
-def compare(own, reference):
-    """{seed: value} of two arms -> mean of own, mean difference and half its 95% interval over the seeds that both have."""
-    seeds = sorted(own.keys() & reference.keys())
-    if not seeds:
-        raise InputError(f"no seed in common: {', '.join(own)} in one arm, {', '.join(reference)} in the other")
-    return (float(np.mean([own[s] for s in seeds])), *interval([own[s] - reference[s] for s in seeds]))
-
-
-def table(flags):
-    """Compare runs over their seeds, each row with its reference or, `within`, each column with the first one of its row."""
-    columns = {label or path.replace("/", ", "): path for label, _, path in (column.rpartition(":") for column in flags.columns)}
-    if len(columns) < len(flags.columns):
-        raise InputError(f"--columns: two have one label among {', '.join(columns)}")
-    folders = {folder for row in flags.rows for folder in filter(None, row.split(":"))}
-    short = len({Path(folder).name for folder in folders}) == len(folders)                 # are the last parts of the paths enough?
-    default, first = flags.rows[0].partition(":")[0], next(iter(columns))
-    names = {folder: Path(folder).name if short else folder for folder in folders}
-    arms = {folder: read_arm(folder, columns.values(), flags.file) for folder in folders}
-    pairs, references = {}, {}                             # {row: [({seed: value}, those of the reference) per column]}
-    for row in flags.rows:
-        folder, _, named = row.partition(":")
-        other = folder if flags.within else named or default
-        against = f" against {names[other]}" if named and other != folder else ""
-        if flags.within or other != folder:
-            references["the run that it names" if against else first if flags.within else names[default]] = True
-        pairs[names[folder] + against] = [(arms[folder][path], arms[other][columns[first] if flags.within else path])
-                                          for path in columns.values()]
-
-    def cell(own, reference):
-        if own is reference:
-            return "{:.3f} ± {:.3f}".format(*interval(list(own.values())))
-        mean, difference, half = compare(own, reference)
-        text = f"{mean:.3f} ({difference:+.3f} ± {half:.3f})"
-        return f"**{text}**" if abs(difference) > half else text
-    # one seed has no interval
-    lines = [["", *columns], *([name, *(cell(*pair).replace(" ± nan", "") for pair in line)] for name, line in pairs.items())]
-    if len(columns) > len(pairs):                          # the longer side goes down the page
-        lines = [list(line) for line in zip(*lines)]
-    counts = {len(own.keys() & reference.keys()) for line in pairs.values() for own, reference in line}
-    seeds = " to ".join(map(str, sorted({min(counts), max(counts)})))
-    text, difference = markdown(lines[0], lines[1:]), f"paired difference to {', or to '.join(references)}"
-    text += f"\n\n*{seeds} seeds; mean ± 95% interval" + f"; in brackets the {difference}; bold: zero is outside" * bool(references) + ".*"
-    points = {(name, column): compare(*pair)[1:] for name, line in pairs.items() for column, pair in zip(columns, line)
-              if pair[0] is not pair[1]}
-    if flags.figure and points:
-        rows, series = (list(dict.fromkeys(names)) for names in zip(*points))
-        if len(series) > len(rows):                        # as few colours as can be
-            rows, series, points = series, rows, {key[::-1]: point for key, point in points.items()}
-        forest(f"{difference}, 95% interval", rows, series, points, flags.figure)
-        text += f"\n\n![{difference}]({flags.figure})"
-    return text
-
-
-def forest(title, rows, series, points, path):
-    """Save differences as points with their 95% intervals around zero. points: {(row, series): (difference, half interval)}; each
-    series has a colour."""
-    font, colors = ImageFont.load_default(13), ["#3465a4", "#f57900", "#4e9a06", "#75507b", "#a40000"]
-    step, left, width, top = 16 * len(series) + 8, 24 + max(map(font.getlength, rows)), 520, 36 + 18 * len(series)
-    points = {key: (d, h if math.isfinite(h) else 0) for key, (d, h) in points.items()}
-    low, high = min(0, *(d - h for d, h in points.values())), max(0, *(d + h for d, h in points.values()))
-    high += (high == low)
-    tick = next(t for t in (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5) if t >= (high - low) / 6 or t == 5)
-    bottom = top + step * len(rows)
-    page = Image.new("RGB", (int(left) + width + 40, bottom + 26), "white")
-    pen = ImageDraw.Draw(page)
-
-    def x(value):
-        return left + width * (value - low) / (high - low)
-    pen.text((8, 6), title, fill="black", font=font)
-    for k in range(math.ceil(low / tick - 1e-9), math.floor(high / tick + 1e-9) + 1):
-        pen.line([x(k * tick), top, x(k * tick), bottom], fill="#dddddd" if k else "#666666")
-        pen.text((x(k * tick), bottom + 4), f"{k * tick:+.3g}" if k else "0", fill="black", font=font, anchor="ma")
-    for s, name in enumerate(series):
-        pen.text((left, 24 + 18 * s), name, fill=colors[s % 5], font=font)
-        for r, row in enumerate(rows):
-            if (row, name) in points:
-                (difference, half), y = points[row, name], top + r * step + 12 + 16 * s
-                pen.line([x(difference - half), y, x(difference + half), y], fill=colors[s % 5], width=2)
-                pen.ellipse([x(difference) - 4, y - 4, x(difference) + 4, y + 4], fill=colors[s % 5])
-    for r, row in enumerate(rows):
-        pen.text((8, top + r * step + step / 2 - 9), row, fill="black", font=font)
-    page.save(path)
-
-
-def report(flags):
-    """Make every table of Markdown files again: what follows a line `<!-- table ARGUMENTS -->`, up to `<!-- end -->`."""
-    for path in map(Path, flags.files):
-        if not path.is_file():
-            raise InputError(f"{path}: there is no such file")
-        text = path.read_text()
-        parts = re.split(r"(<!-- table .*? -->\n|<!-- end -->)", text)
-        for k, part in enumerate(parts):
-            if part.startswith("<!-- table"):
-                if parts[k + 2:k + 3] != ["<!-- end -->"]:
-                    raise InputError(f"{path}: no <!-- end --> after {part.strip()}")
-                own = parser().parse_args(shlex.split(part.strip()[5:-4]))
-                parts[k + 1] = "\n" + table(own) + "\n\n"
-        path.write_text("".join(parts))
-        print(f"{path}: {'as it was' if ''.join(parts) == text else 'its tables have changed'}")
 
 
 # ------------------------------------------------------------------------------------------- scores of real edits
@@ -1010,35 +810,22 @@ def judged(flags):
           f"{flags.weight:g}; {len(rows) - len(whole)} without both scores)")
 
 
-def parser():
+def main():
     from sample import two_times
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.error = lambda message: sys.exit(f"metrics.py: {message}")
-    commands = p.add_subparsers(required=True)
-    add = partial(add_command, commands, p.error)
-    for function, many in ((toy, None), (grid, "+"), (pauses, None)):
-        command = add(function)
-        command.add_argument("--ckpt", required=True, nargs=many, help="checkpoint of train.py")
-        command.add_argument("--steps", type=int, default=20, help="Euler steps")
-    commands.choices["toy"].add_argument("--out", help="the picture; toy.png beside the checkpoint if not given")
-    commands.choices["grid"].add_argument("--out", default="grid.png", help="the picture")
-    commands.choices["pauses"].add_argument("--out", required=True, help="a JSON file; a picture goes beside it")
-    commands.choices["toy"].add_argument("--data", choices=WORLDS, help="the world of the examples; the one of the training if not given")
-    commands.choices["toy"].add_argument("--pauses", type=int, default=0, help="pause tokens after each prompt")
-    commands.choices["toy"].add_argument("--plans", action="store_true", help="give each instruction its plan, as in training")
-    for command, number in ((commands.choices["toy"], 512), (commands.choices["pauses"], 256)):
-        command.add_argument("--examples", type=int, default=number, help="of each held-out set")
-        command.add_argument("--text-scale", type=float, default=1.0, help="guidance by the prompt; 1 = none")
-        command.add_argument("--image-scale", type=float, default=1.0, help="guidance by the image; 1 = none")
-        command.add_argument("--guidance-interval", type=two_times, default=[0.0, 1.0], help="times between which there is guidance")
-    command = add(table)
-    command.add_argument("rows", nargs="+", help="FOLDER with SEED/result.json inside, or FOLDER:REFERENCE")
-    command.add_argument("--columns", nargs="+", default=["iid/all/exact", "novel/all/exact"], help="paths of keys in that file, "
-                         "or LABEL:PATH")
-    command.add_argument("--file", default="result.json", help="its name")
-    command.add_argument("--within", action="store_true", help="compare the columns of each arm with the first column")
-    command.add_argument("--figure", help="a PNG file of the differences")
-    add(report).add_argument("files", nargs="+", help="Markdown files")
+    add = partial(add_command, p.add_subparsers(required=True), p.error)
+    command = add(toy)
+    command.add_argument("--ckpt", required=True, help="checkpoint of train.py")
+    command.add_argument("--steps", type=int, default=20, help="Euler steps")
+    command.add_argument("--examples", type=int, default=512, help="of each held-out set")
+    command.add_argument("--data", choices=WORLDS, help="the world of the examples; the one of the training if not given")
+    command.add_argument("--pauses", type=int, default=0, help="pause tokens after each prompt")
+    command.add_argument("--plans", action="store_true", help="give each instruction its plan, as in training")
+    command.add_argument("--text-scale", type=float, default=1.0, help="guidance by the prompt; 1 = none")
+    command.add_argument("--image-scale", type=float, default=1.0, help="guidance by the image; 1 = none")
+    command.add_argument("--guidance-interval", type=two_times, default=[0.0, 1.0], help="times between which there is guidance")
+    command.add_argument("--out", help="the picture; toy.png beside the checkpoint if not given")
     command = add(score)
     command.add_argument("folder", help="made by sample.py --data")
     command.add_argument("--clip", required=True, help="folder with a CLIP of OpenAI, such as clip-vit-base-patch32")
@@ -1054,20 +841,11 @@ def parser():
     command.add_argument("file", help="made by tools/mllm.py judge")
     for name, value in (("if-high", 7.0), ("idp-low", 3.0), ("idp-high", 7.0), ("if-low", 3.0), ("weight", 0.5)):
         command.add_argument(f"--{name}", type=float, default=value, help="see madi_average")
-    return p
-
-
-def main():
-    p = parser()
     flags = p.parse_args()
     if min(getattr(flags, "examples", 1), getattr(flags, "steps", 1), getattr(flags, "batch", 1)) < 1 or getattr(flags, "pauses", 0) < 0:
         p.error("--examples, --steps and --batch should be at least 1, --pauses at least 0")
-    for path in filter(None, (getattr(flags, "out", None), getattr(flags, "figure", None))):
-        if not Path(path).parent.is_dir():
-            raise InputError(f"{path}: there is no folder {Path(path).parent}")
-    text = flags.run(flags)
-    if text:
-        print(text)
+    check_folder(getattr(flags, "out", None))
+    flags.run(flags)
 
 
 if __name__ == "__main__":

@@ -5,4 +5,4 @@ cd "$(dirname "$0")/.."
 for part in table2 plans table6 corruptions pauses guidance predictions size; do
     bash "runs/$part.sh" "$@"
 done
-[ $# -gt 0 ] || "${PYTHON:-python}" metrics.py report RESULTS.md README.md
+[ $# -gt 0 ] || "${PYTHON:-python}" tools/study.py report RESULTS.md README.md

@@ -15,9 +15,12 @@ import metrics
 import sample
 import train
 from data import Shapes, Words, world_words
-from metrics import compare, interval
 from model import Config, InputError
 from sample import evaluate
+
+sys.path.insert(0, str(ROOT / "tools"))
+import study  # noqa: E402
+from study import compare, interval  # noqa: E402
 
 FLAGS = ["--data", "simple", *SMALL, "--steps", "1", "--warmup", "0", "--lr", "1e-30", "--muon-lr", "0", "--ema", "0"]
 
@@ -120,42 +123,42 @@ def test_intervals_are_of_paired_differences():
 
 def test_table(arms, monkeypatch, capsys):
     monkeypatch.chdir(arms)
-    call(metrics, "table", "plain", "magd", "late", "--columns", "iid/all/exact", "--figure", "figure.png")
+    call(study, "table", "plain", "magd", "late", "--columns", "iid/all/exact", "--figure", "figure.png")
     lines = capsys.readouterr().out.splitlines()
     assert lines[2:5] == ["| plain | 0.600 ± 0.248 |", "| magd | **0.650 (+0.050 ± 0.025)** |", "| late | 0.550 (-0.050 ± 0.635) |"]
     assert "2 to 3 seeds" in lines[6] and Path("figure.png").exists()
-    call(metrics, "table", "one", "plain", "--columns", "iid/all/exact")   # one seed has no interval
+    call(study, "table", "one", "plain", "--columns", "iid/all/exact")   # one seed has no interval
     assert capsys.readouterr().out.splitlines()[2:4] == ["| one | 0.500 |", "| plain | 0.600 (+0.100) |"]
-    call(metrics, "table", "plain", "magd:late", "--columns", "iid/all/exact", "iid/all/adherence", "novel/all/exact")
+    call(study, "table", "plain", "magd:late", "--columns", "iid/all/exact", "iid/all/adherence", "novel/all/exact")
     lines = capsys.readouterr().out.splitlines()                           # more columns than rows: turned
     assert lines[0] == "|  | plain | magd against late |"
     assert lines[2] == "| iid, all, exact | 0.600 ± 0.248 | 0.645 (+0.095 ± 0.699) |"
-    call(metrics, "table", "plain", "magd", "--within", "--columns", "iid/all/exact", "twice:iid/all/adherence", "--figure", "figure.png")
+    call(study, "table", "plain", "magd", "--within", "--columns", "iid/all/exact", "twice:iid/all/adherence", "--figure", "figure.png")
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "|  | iid, all, exact | twice |" and lines[3] == "| magd | 0.650 ± 0.262 | **1.300 (+0.650 ± 0.262)** |"
     assert lines[5] == "*3 seeds; mean ± 95% interval; in brackets the paired difference to iid, all, exact; bold: zero is outside.*"
     with pytest.raises(InputError, match="plain/0/result.json: no 'local' of iid/local/exact; there are all"):
-        call(metrics, "table", "plain", "--columns", "iid/local/exact")
+        call(study, "table", "plain", "--columns", "iid/local/exact")
     with pytest.raises(InputError, match="no seed in common: 0 in one arm, 7 in the other"):
         compare({"0": 1.0}, {"7": 1.0})
     with pytest.raises(InputError, match="none/figure.png: there is no folder none"):
-        call(metrics, "table", "plain", "--figure", "none/figure.png")
+        call(study, "table", "plain", "--figure", "none/figure.png")
     with pytest.raises(InputError, match="two have one label among x"):
-        call(metrics, "table", "plain", "--columns", "x:iid/all/exact", "x:novel/all/exact")
-    call(metrics, "table", "plain", arms / "plain")                        # two folders of one name are two rows
+        call(study, "table", "plain", "--columns", "x:iid/all/exact", "x:novel/all/exact")
+    call(study, "table", "plain", arms / "plain")                        # two folders of one name are two rows
     assert f"| {arms / 'plain'} |" in capsys.readouterr().out
     with pytest.raises(InputError, match="nothing: no result.json"):
-        call(metrics, "table", "nothing")
+        call(study, "table", "nothing")
 
 
 def test_report_makes_the_tables_of_a_file_again(arms, monkeypatch):
     monkeypatch.chdir(arms)
     text = "words\n\n<!-- table plain magd --columns iid/all/exact -->\n\n0.999 typed by hand\n\n<!-- end -->\nmore\n"
     Path("results.md").write_text(text)
-    call(metrics, "report", "results.md")
+    call(study, "report", "results.md")
     once = Path("results.md").read_text()
     assert "0.650 (+0.050" in once and "by hand" not in once and once.startswith("words\n") and once.endswith("-->\nmore\n")
-    call(metrics, "report", "results.md")
+    call(study, "report", "results.md")
     assert Path("results.md").read_text() == once
 
 
@@ -166,14 +169,14 @@ def test_the_tables_of_the_repository_are_those_of_its_results(tmp_path, monkeyp
         text = (ROOT / name).read_text()
         assert "<!-- table" in text
         Path(name).write_text(text)
-        call(metrics, "report", name)
+        call(study, "report", name)
         assert Path(name).read_text() == text
 
 
 FAKE = """#!/bin/bash
 [ "$1" = -c ] && exit 0
 echo "$@" >> calls.txt
-[ "$1" = metrics.py ] && [ "$2" = report ] && exit 0
+[ "$1" = tools/study.py ] && [ "$2" = report ] && exit 0
 out=$(sed 's/.*--out \\([^ ]*\\).*/\\1/' <<< "$*")
 case $out in *.json) echo {} > "$out"; touch "${out%.json}.png";; *.png) echo {} > "${out%.png}.json";; *) [ -e fail ] && exit 1; echo {} > "$out/result.json"; touch "$out/last.pt";; esac
 """
@@ -207,12 +210,12 @@ def test_the_scripts_train_every_arm_from_the_base_of_its_own_seed_and_width(scr
     assert "--init out/study/base-width-192/3/last.pt --width 192" in flags("plain-width-192")
     for plain, magd in (("plain", "magd"), ("plain-steps-800", "magd-steps-800"), ("plain-width-64", "magd-width-64")):
         assert flags(plain).replace(plain, magd).replace("--p-magd 0", "--p-magd 0.5") == flags(magd)      # one difference
-    assert sum("metrics.py pauses" in call for call in calls) == 4 and calls[-1] == "metrics.py report RESULTS.md README.md"
+    assert sum("tools/study.py pauses" in call for call in calls) == 4 and calls[-1] == "tools/study.py report RESULTS.md README.md"
     assert sum(call.endswith("--plans") for call in calls) == 2
     assert any("out/study/base-on-hard/3/" in call and call.endswith("--data hard") for call in calls)
     assert any("metrics.py toy --ckpt out/study/plain/3/last.pt" in call and call.endswith("--guidance-interval 0,0.5") for call in calls)
     assert (tmp_path / "results/magd/3/result.json").exists() and (tmp_path / "results/magd/3/pauses.png").exists()
-    assert scripts() == ["metrics.py report RESULTS.md README.md"]         # nothing is done twice
+    assert scripts() == ["tools/study.py report RESULTS.md README.md"]         # nothing is done twice
 
 
 def test_the_scripts_go_on_after_a_kill_and_stop_at_a_failure(scripts, tmp_path):
