@@ -57,8 +57,12 @@ class Config:
     prediction: str = "velocity"          # what the output means: velocity, noise or x (magd.py)
 
 
-class Condition(NamedTuple):
-    """A batch of prompts with their reference images, left-padded to the longest row."""
+@dataclass
+class Condition:
+    """A batch of prompts with their reference images, left-padded to the longest row.
+
+    No tuple: FSDP moves the tensors of a tuple to the GPU, and `kind` steers Python, on the CPU.
+    """
     ids: torch.Tensor                     # (B, L) int64; anything at padding and image slots
     kind: torch.Tensor                    # (B, L) int64 on the CPU: PADDING, TEXT, or k for the k-th image of the row
     images: list                          # of (k, C, h, w): the images of all rows in reading order, neighbours of one shape stacked
@@ -66,6 +70,9 @@ class Condition(NamedTuple):
     def to(self, device):
         return Condition(self.ids.to(device, non_blocking=True), self.kind,
                          [stack.to(device, non_blocking=True) for stack in self.images])
+
+    def pin_memory(self):                                 # called by a DataLoader that is asked for pinned memory
+        return Condition(self.ids.pin_memory(), self.kind, [stack.pin_memory() for stack in self.images])
 
 
 class Cache(NamedTuple):
@@ -90,6 +97,8 @@ def attention_rule(kind):
     return (causal | same_image) & real[:, None, :] | ~real[:, :, None]                   # (B, L, L)
 
 
+# cuDNN's attention makes a plan for every new length, and in training nearly every row has its own
+torch.backends.cuda.enable_cudnn_sdp(False)
 LONG = 1000                               # tokens: from here on rows of different lengths are attended to one by one
 
 
@@ -104,10 +113,11 @@ def attention_plans(kind, N, device):
     L, S = kind.shape[1], kind.shape[1] + 1 + N
     ragged = bool((kind != kind[:1]).any() or (kind == PADDING).any())
     if ragged and S < LONG:
+        kind = kind.to(device, non_blocking=True)
         seen = F.pad(kind != PADDING, (0, 1 + N), value=True)[:, None, None].repeat(1, 1, 1 + N, 1)        # (B, 1, 1 + N, S)
         seen[:, :, 0, L + 1:] = False
-        return ([(slice(None), 0, [(0, L, L, attention_rule(kind)[:, None].to(device))])],
-                [(slice(None), 0, [(0, 1 + N, S, seen.to(device))])])
+        return ([(slice(None), 0, [(0, L, L, attention_rule(kind)[:, None])])],
+                [(slice(None), 0, [(0, 1 + N, S, seen)])])
     condition, target = [], []
     for rows, row in [(slice(b, b + 1), row) for b, row in enumerate(kind.tolist())] if ragged else [(slice(None), kind[0].tolist())]:
         runs, start, padding = [], 0, row.count(PADDING)
@@ -178,7 +188,8 @@ class Attention(nn.Module):
 
     def qkv(self, x, rope):                                                               # x (B, L, D)
         q, k, v = (rearrange(y, "b l (h e) -> b h l e", h=self.heads) for y in self.qkv_proj(x).chunk(3, dim=-1))
-        return rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope), v              # (B, H, L, E) each
+        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)                     # autocast norms in float32 on a GPU
+        return rotate(q, rope), rotate(k, rope), v                                        # (B, H, L, E) each
 
     def output(self, y):                                                                  # y (B, H, L, E)
         return self.o_proj(rearrange(y, "b h l e -> b l (h e)"))                          # (B, L, D)
@@ -356,23 +367,22 @@ class Transformer(nn.Module):
 
     def embed_condition(self, condition, N):
         """-> x (B, L, D) and its rope; the positions (B, 1 + N) that follow; long (B,), which RoPE factors the row takes."""
-        ids, kind, images = condition
-        device, P = ids.device, self.cfg.patch
-        x = self.llm.embed_tokens(ids)                                                    # (B, L, D)
+        kind, images, device, P = condition.kind, condition.images, condition.ids.device, self.cfg.patch
+        x = self.llm.embed_tokens(condition.ids)                                          # (B, L, D)
         # also without any image, so that all processes of a sharded model have gradients of the same parameters
         none = x.new_zeros(0, self.input_x_embedder.proj.weight[0].numel())
         patches = torch.cat([none, *(patchify(stack, P).flatten(0, 1) for stack in images)])              # (all image tokens, C*P*P)
         embedded = self.input_x_embedder(patches)                                         # (all image tokens, D)
         where = [self.positions(stack.shape[2] // P, stack.shape[3] // P).repeat(len(stack), 1) for stack in images]
         embedded = embedded + torch.cat([embedded[:0], *where])
-        slots = (kind > TEXT).flatten().nonzero()[:, 0].to(device)
+        slots = (kind > TEXT).flatten().nonzero()[:, 0].to(device, non_blocking=True)
         x = x.flatten(0, 1).index_copy(0, slots, embedded.to(x.dtype)).view_as(x)         # (B, L, D)
 
-        real = kind != PADDING                                                            # (B, L)
+        real = kind.to(device, non_blocking=True) != PADDING                              # (B, L)
         length = real.sum(dim=1)                                                          # (B,)
-        long = (length + 1 + N > self.cfg.original_positions).to(device)                  # (B,)
-        rope = self.rope((real.cumsum(dim=1) - 1).clamp(min=0).to(device), long)
-        return x, rope, (length[:, None] + torch.arange(1 + N)).to(device), long
+        long = length + 1 + N > self.cfg.original_positions                               # (B,)
+        rope = self.rope((real.cumsum(dim=1) - 1).clamp(min=0), long)
+        return x, rope, length[:, None] + torch.arange(1 + N, device=device), long
 
     def embed_target(self, x_t, t, masked=None, mask_token=None):
         """-> x (B, 1 + N, D), the time token first, and the features of the time (B, 256)."""

@@ -24,6 +24,7 @@ import textwrap
 import time
 import warnings
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -308,7 +309,7 @@ def main():
         torch.cuda.set_device(device)
     backend, bf16 = "nccl" if device.type == "cuda" else "gloo", flags.bf16 and fast_bf16(device)
     if world > 1:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=timedelta(hours=1))   # the others wait while the first writes a checkpoint
     elif omnigen:                                          # sharding over one process is how OmniGen trains on one GPU
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     micro = flags.micro_batch or max(1, flags.batch // world)
@@ -405,7 +406,7 @@ def main():
         needs = [memory(cfg, count, L, N, flags, micro, world, blocks) for blocks in range(cfg.layers + 1)]
         has = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
         if flags.checkpointing is None:                                # the estimate knows nothing of the allocator's losses
-            flags.checkpointing = next((blocks for blocks, need in enumerate(needs) if not has or need < 0.85 * has), cfg.layers)
+            flags.checkpointing = next((blocks for blocks, need in enumerate(needs) if not has or need < 0.8 * has), cfg.layers)
         raw_model.checkpointing = min(flags.checkpointing, cfg.layers)
         need = needs[raw_model.checkpointing]
         say(f"memory: about {need / 1e9:.1f} GB on each of {world} x {device.type}" + (f", which has {has / 1e9:.1f} GB" if has else "") +
@@ -430,7 +431,7 @@ def main():
     share = itertools.islice(micro_batches(dataset, micro), first * accumulate * world + rank, flags.steps * accumulate * world, world)
     cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     workers = flags.workers if flags.workers is not None else min(16, cores) if device.type == "cuda" else 0
-    batches = iter(torch.utils.data.DataLoader(steps, batch_size=None, sampler=share, num_workers=workers))
+    batches = iter(torch.utils.data.DataLoader(steps, batch_size=None, sampler=share, num_workers=workers, pin_memory=device.type == "cuda"))
     bar = tqdm(range(first, flags.steps), initial=first, total=flags.steps, disable=not main_process, unit="step")
     start = tick = time.perf_counter()
     for step in bar:
@@ -441,8 +442,9 @@ def main():
             if isinstance(item, InputError):
                 raise item
             batch, draws, work = item
-            x1, condition, draws = batch.x1.to(device), batch.condition.to(device), magd.Draws(*(d.to(device) for d in draws))
-            weight = magd.edit_weight(x1, batch.source.to(device), batch.edit.to(device)) if flags.edit_weight else None
+            x1, source, edit = (x.to(device, non_blocking=True) for x in (batch.x1, batch.source, batch.edit))
+            condition, draws = batch.condition.to(device), magd.Draws(*(d.to(device, non_blocking=True) for d in draws))
+            weight = magd.edit_weight(x1, source, edit) if flags.edit_weight else None
             with autocast(device, flags.bf16):
                 losses, masked = magd.magd_loss(model, x1, condition, draws, flags.p_magd, flags.tau, flags.r_mask, mask_tokens,
                                                 weight, flags.prediction, flags.corruption)

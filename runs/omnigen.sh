@@ -3,6 +3,7 @@
 #   runs/omnigen.sh GPUS OMNIGEN_FOLDER DATA.jsonl
 set -euo pipefail
 gpus=$1 omnigen=$2 data=$3
+export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True                # batches of many lengths: less memory is lost between them
 python data.py check "$data"
 torchrun --nproc-per-node "$gpus" data.py latents "$data" --init "omnigen:$omnigen" --size 1024
 torchrun --nproc-per-node "$gpus" train.py --preset omnigen --init "omnigen:$omnigen" --data "$data" --out out/omnigen \

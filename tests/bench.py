@@ -137,7 +137,7 @@ def speed(name, device, repeats, compiled):
 
     a, b = (torch.randn(*shape, device=device, dtype=half) for shape in ((batch * (one.kind.shape[1] + 1 + N), cfg.width),
                                                                          (cfg.width, 2 * cfg.mlp)))
-    product = 2 * a.numel() * b.shape[1] / seconds(lambda: a @ b, device, 10 * repeats)
+    product = 20 * 2 * a.numel() * b.shape[1] / seconds(lambda: [a @ b for _ in range(20)], device, repeats)
 
     def measure(function, count=repeats):
         """-> seconds, those of the first call, peak memory in GB"""
@@ -146,22 +146,18 @@ def speed(name, device, repeats, compiled):
             torch.cuda.reset_peak_memory_stats()
         return seconds(function, device, count, warm=0), first, torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else None
 
-    def note(what, measured, work=None, images=None, reference=None):
+    def note(what, measured, work=None, images=None):
         took, first, peak = measured
         records.append({"size": name, "what": what, "ms": 1000 * took, "first_s": first, "images_per_s": images and images / took,
                         "tflops": work and work / took / 1e12, "of_product": work and work / took / product,
-                        "peak_gb": peak, "of_diffusers": reference and took / reference})
+                        "peak_gb": peak, "of_diffusers": None})
 
-    other = None if name == "toy" else theirs(cfg, device, dtype)
     with torch.no_grad(), autocast(device):
         encode, step = edit_flops(cfg, three, N)
         note("encode three branches", measure(lambda: model.encode(three, N)), encode)
         cache = model.encode(three, N)
-        took = measure(lambda: model.denoise(x[:3], t[:3], cache))
-        if other is not None:
-            inputs = padded_inputs(cfg, three, size, dtype)
-            reference = seconds(lambda: other(x[:3].to(dtype), t[:3], **inputs), device, repeats)
-        note("sampling step, three branches", took, step, reference=other and reference)
+        note("sampling step, three branches", measure(lambda: model.denoise(x[:3], t[:3], cache)), step)
+        cache = None                                       # its memory is not that of training
 
     shape = tuple(x.shape[1:])
     draws = magd.Draws(*(d.to(device) for d in magd.draw(shape, N, range(batch))))
@@ -170,18 +166,9 @@ def speed(name, device, repeats, compiled):
         model.zero_grad(set_to_none=True)
         with autocast(device):
             magd.magd_loss(model, x[:batch], one, draws)[0].mean().backward()
-    took = measure(train)
-    model.zero_grad(set_to_none=True)
-    if other is not None:
-        single = padded_inputs(cfg, one, size, dtype)
-
-        def train_theirs():
-            other.zero_grad(set_to_none=True)
-            v = other(x[:1].to(dtype), t[:1], **single)[0]
-            (v.float() - (x[:1] - draws.x0)).square().mean().backward()
-        reference = seconds(train_theirs, device, repeats)
     work = 3 * batch * flops(cfg, one.kind[0], N)
-    note(f"training, forward and backward, batch {batch}", took, work, batch, other and reference)
+    note(f"training, forward and backward, batch {batch}", measure(train), work, batch)
+    model.zero_grad(set_to_none=True)
 
     if name == "toy":                                      # with its optimizers; OmniGen's is AdamW alone, which is no arithmetic to speak of
         matrices = {id(p): p for p in model.llm.layers.parameters() if p.ndim == 2}
@@ -208,8 +195,20 @@ def speed(name, device, repeats, compiled):
                 cache = model.encode(three, N)
                 z = euler(lambda z, s: model.denoise(torch.cat([z] * 3), torch.full((3,), s, device=device), cache)[:1], x[:1], 50)
             vae.decode(z)
-        other = None                                       # its memory is not ours
         note("an edit of 50 steps with the autoencoder", measure(edit, 1), encode + 50 * step, 1)
+
+    other = None if name == "toy" else theirs(cfg, device, dtype)      # last: its memory is not ours
+    if other is not None:
+        single, inputs = padded_inputs(cfg, one, size, dtype), padded_inputs(cfg, three, size, dtype)
+
+        def train_theirs():
+            other.zero_grad(set_to_none=True)
+            v = other(x[:1].to(dtype), t[:1], **single)[0]
+            (v.float() - (x[:1] - draws.x0)).square().mean().backward()
+        with torch.no_grad(), autocast(device):
+            reference = seconds(lambda: other(x[:3].to(dtype), t[:3], **inputs), device, repeats)
+        for record, took in ((records[1], reference), (records[2], seconds(train_theirs, device, repeats))):
+            record["of_diffusers"] = record["ms"] / 1000 / took
     return records
 
 

@@ -1,7 +1,9 @@
+from dataclasses import replace
 
 import pytest
 import torch
 from helpers import TINY, layout, tiny_model
+from torch.distributed.utils import _to_kwargs
 
 import model as model_module
 from model import (PADDING, Condition, Config, Transformer, attention, attention_plans, attention_rule, flops, patchify)
@@ -71,11 +73,11 @@ def test_who_sees_whom_in_the_whole_model():
     base = model.encode(c, 4).layers[-1][0][:, :, :9]      # 9 tokens of the condition
     ids = c.ids.clone()
     ids[0, 7] += 1
-    text = (model.encode(c._replace(ids=ids), 4).layers[-1][0][:, :, :9] - base).abs().amax(dim=(0, 1, 3)) > 1e-6
+    text = (model.encode(replace(c, ids=ids), 4).layers[-1][0][:, :, :9] - base).abs().amax(dim=(0, 1, 3)) > 1e-6
     assert text.tolist() == [False] * 7 + [True] * 2                       # text: only itself and what follows
     image = c.images[0].clone()
     image[:, :, 4:, 4:] += 1                                               # its last patch
-    seen = (model.encode(c._replace(images=[image]), 4).layers[-1][0][:, :, :9] - base).abs().amax(dim=(0, 1, 3)) > 1e-6
+    seen = (model.encode(replace(c, images=[image]), 4).layers[-1][0][:, :, :9] - base).abs().amax(dim=(0, 1, 3)) > 1e-6
     assert seen.tolist() == [False] * 2 + [True] * 7                       # image: all of itself, and what follows
     changed = x.clone()
     changed[:, :, :4, :4] += 1
@@ -118,7 +120,7 @@ def test_encoding_once_equals_encoding_at_every_step():
 
 def test_padding_content_does_not_matter():
     model, c, x, t = tiny_model(), condition(["tt1111ttt", "tt"]), torch.randn(2, 3, 8, 8), torch.tensor([0.2, 0.8])
-    other = c._replace(ids=torch.where(c.kind == PADDING, 7, c.ids))
+    other = replace(c, ids=torch.where(c.kind == PADDING, 7, c.ids))
     torch.testing.assert_close(model(x, t, c), model(x, t, other), atol=0, rtol=0)
 
 
@@ -149,6 +151,13 @@ def test_gradients_reach_every_parameter():
     model(torch.randn(1, 3, 8, 8), torch.tensor([0.3]), condition(["tt1111tt"])).square().mean().backward()
     for name, p in model.named_parameters():
         assert p.grad is not None and p.grad.abs().max() > 0, name
+
+
+def test_sharding_leaves_a_condition_where_it_is():
+    """FSDP2 calls this on a GPU, with whatever a forward is given; `kind` has to stay on the CPU."""
+    c = condition(["tt1111t"])
+    _, moved, alone = _to_kwargs((torch.ones(1), c, (c.kind,)), {}, torch.device("meta"), False)[0][0]
+    assert moved.kind.device.type == "cpu" and alone[0].device.type == "meta"
 
 
 def test_recomputing_blocks_changes_nothing():
