@@ -30,7 +30,7 @@ train() {                                  # NAME SEED FLAGS
 
 pauses() {                                 # NAME SEED
     local out=$STUDY/$1/$2
-    make "$1" "$2" pauses.json tools/study.py pauses --ckpt "$out/last.pt" --steps 10 --examples $([ -z "$MORE" ] && echo 160 || echo 8) --out "$out/pauses.json"
+    make "$1" "$2" pauses.json tools/study.py pauses --ckpt "$out/last.pt" --steps 10 --examples $([ -z "$MORE" ] && echo 160 || echo 8) --out "$out/pauses.json" || return
     cp "$out/pauses.png" "$RESULTS/$1/$2/"
 }
 toy() {                                    # NAME SEED MODEL FLAGS: another evaluation of the model

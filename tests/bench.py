@@ -137,7 +137,12 @@ def speed(name, device, repeats, compiled):
 
     a, b = (torch.randn(*shape, device=device, dtype=half) for shape in ((batch * (one.kind.shape[1] + 1 + N), cfg.width),
                                                                          (cfg.width, 2 * cfg.mlp)))
-    product = 20 * 2 * a.numel() * b.shape[1] / seconds(lambda: [a @ b for _ in range(20)], device, repeats)
+    c = a @ b
+
+    def products():                                        # twenty, so that the waiting of `seconds` for a GPU does not count
+        for _ in range(20):
+            torch.mm(a, b, out=c)
+    product = 20 * 2 * a.numel() * b.shape[1] / seconds(products, device, repeats)
 
     def measure(function, count=repeats):
         """-> seconds, those of the first call, peak memory in GB"""

@@ -237,7 +237,8 @@ def test_a_rehearsal_leaves_the_results_alone(scripts, tmp_path):
 def test_a_rehearsal_of_an_experiment(tmp_path):
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tmp_path)
-    shutil.copytree(ROOT / "runs", tmp_path / "runs")
+    for folder in ("runs", "tools"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
     for script in ("table2", "pauses"):
         done = subprocess.run(["bash", f"runs/{script}.sh", "--steps", "2", "--eval-examples", "2"], cwd=tmp_path, capture_output=True,
                               text=True, env={**os.environ, "SEEDS": "0", "PYTHON": sys.executable})
