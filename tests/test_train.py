@@ -87,13 +87,13 @@ def test_one_process_and_two_give_the_same_weights(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path):
-    command = ["train.py", *SMALL, "--log-every", "1", "--save-every", "1", "--steps", "3", "--out", tmp_path]
-    run(*command, check=0)
+    flags = [*SMALL, "--log-every", "1", "--save-every", "1", "--steps", "3", "--out", tmp_path]
+    call(train, *flags)
     state = weights(tmp_path / "last.pt")
     state["step"], state["model"]["final_layer.linear.bias"] = 1, torch.full((48,), 1e30)     # its square is infinite
     torch.save(state, tmp_path / "last.pt")
     before = (tmp_path / "last.pt").read_bytes()
-    done = run(*command, "--resume")
+    done = run("train.py", *flags, "--resume")
     assert done.returncode == 1 and "not finite near step 2" in done.stderr.splitlines()[-1]
     assert (tmp_path / "last.pt").read_bytes() == before
 
