@@ -97,7 +97,7 @@ def attention_rule(kind):
     return (causal | same_image) & real[:, None, :] | ~real[:, :, None]                   # (B, L, L)
 
 
-# cuDNN's attention makes a plan for every new length, and in training nearly every row has its own
+# off, unmeasured: cuDNN's attention is reported to plan anew for every length, and in training nearly every row has its own
 torch.backends.cuda.enable_cudnn_sdp(False)
 LONG = 1000                               # tokens: from here on rows of different lengths are attended to one by one
 

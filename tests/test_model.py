@@ -160,12 +160,16 @@ def test_sharding_leaves_a_condition_where_it_is():
     assert moved.kind.device.type == "cpu" and alone[0].device.type == "meta"
 
 
-def test_recomputing_blocks_changes_nothing():
+def test_recomputing_blocks_changes_nothing_but_how_often_they_run():
     model, c, x, t = tiny_model().train(), condition(["tt1111tt", "t"]), torch.randn(2, 3, 8, 8), torch.tensor([0.3, 0.6])
-    grads = []
+    grads, calls = [], []
+    for block in model.llm.layers:
+        block.register_forward_pre_hook(lambda module, inputs: calls.append(module))
     for model.checkpointing in (0, 1, 2):                # of its two blocks
         model.zero_grad()
+        calls.clear()
         model(x, t, c).square().mean().backward()
+        assert len(calls) == 2 + model.checkpointing
         grads.append([p.grad for p in model.parameters()])
     for plain, *recomputed in zip(*grads):
         for grad in recomputed:
