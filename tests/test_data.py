@@ -6,67 +6,11 @@ import torch
 from PIL import Image
 
 import data
-import metrics
-from data import (EDITS, WORLDS, Shapes, Words, combinations, held_out, make_batch, make_condition, make_prompt,
-                  open_image, phrase, read_instruction, read_rows, related, tokenize, training_prompt, world_words)
-from model import PADDING, InputError
-
-
-@pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("split", ["train", "iid", "novel"])
-def test_a_sample_is_a_pure_function_of_seed_and_index(world, split):
-    a, b = Shapes(world, split, 3), Shapes(world, split, 3)
-    b.sample(0)                                                            # what was drawn before does not matter
-    for index in (5, 2):
-        one, two = a.sample(index), b.sample(index)
-        assert one.instruction == two.instruction and (one.target == two.target).all()
-    other = [Shapes(world, split, 4).sample(5), Shapes(world, "iid" if split != "iid" else "train", 3).sample(5), a.sample(6)]
-    assert not any(s.instruction == a.sample(5).instruction and (s.target == a.sample(5).target).all() for s in other)
-
-
-@pytest.mark.parametrize("world", WORLDS)
-def test_instructions_are_read_back_and_all_words_are_known(world):
-    words = Words(world_words())
-    tasks, complexities = set(), set()
-    for index in range(400):
-        sample = Shapes(world).sample(index)
-        for text in [sample.instruction, sample.source_caption, sample.target_caption, *sample.plan]:
-            words.encode(text)
-        assert len(sample.plan) <= 5
-        if sample.images:
-            edits = read_instruction(sample.instruction)
-            assert " and ".join(map(phrase, edits)) == sample.instruction
-            assert len(edits) == sample.complexity
-            assert ((sample.images[0] != sample.target).any(axis=2) == sample.mask).all() and sample.mask.any()
-            tasks |= {edit.task for edit in edits}
-            complexities.add(len(edits))
-        else:
-            tasks.add(sample.task)
-    own = WORLDS[world]
-    assert tasks == {*own.edits, *(data.CAPTIONS if own.captions else ())} and complexities == set(range(1, own.complexity + 1))
-
-
-def test_novel_samples_show_what_training_never_does():
-    def shown(split, index):
-        sample = Shapes("shapes", split).sample(index)
-        edits = read_instruction(sample.instruction)
-        if edits[0].task == "background":                                  # then everything in the scene counts
-            from metrics import parse
-            things = parse(WORLDS["shapes"], sample.images[0])[0]
-            return list(combinations(edits, things))
-        return list(combinations(edits, None))
-    for index in range(200):
-        assert not any(held_out(*c) for c in shown("train", index))
-        assert any(held_out(*c) for c in shown("novel", index))
-    for task in EDITS:                                                     # no shape and no colour is missing from training
-        free = [(s, c) for s in data.SHAPES for c in data.COLORS if not held_out(task, s, c)]
-        assert {s for s, _ in free} == set(data.SHAPES) and {c for _, c in free} == set(data.COLORS)
-
-
-def test_related():
-    assert related((0, 0), "left of", (0, 2)) and not related((0, 2), "left of", (0, 0))
-    assert related((0, 1), "above", (2, 1)) and related((2, 1), "below", (0, 1)) and related((1, 3), "right of", (1, 0))
-    assert not related((0, 0), "left of", (3, 1))                          # mostly above
+from common.files import InputError
+from common.images import open_image
+from data import Shapes, Words, make_batch, make_condition, make_prompt, read_rows, tokenize, training_prompt
+from model import PADDING
+from toy.world import world_words
 
 
 def test_an_unknown_word_is_named_with_its_neighbours():
@@ -189,11 +133,3 @@ def test_rows_are_shuffled_anew_each_epoch_and_each_is_shown_once(tmp_path):
     epochs = [[pairs.sample(5 * e + k).instruction for k in range(5)] for e in range(3)]
     assert all(sorted(epoch) == [f"n{k}" for k in range(5)] for epoch in epochs) and len(set(map(tuple, epochs))) > 1
     assert pairs.words == [f"n{k}" for k in range(5)]
-
-
-def test_only_training_has_extra_scenes_in_one_colour():
-    def share(split):
-        scenes = [metrics.parse(WORLDS["shapes"], Shapes("shapes", split).sample(k).images[0])[0].things for k in range(300)]
-        several = [{thing.color for thing in things} for things in scenes if len(things) > 1]
-        return sum(len(colors) == 1 for colors in several) / len(several)
-    assert 0.25 < share("train") < 0.5 and share("iid") < 0.2

@@ -1,4 +1,4 @@
-"""CLIP and DINO against what transformers computes from tiny checkpoints of the released formats, and the metrics made of them."""
+"""CLIP and DINO against what transformers computes from tiny checkpoints of the released formats."""
 import json
 import shutil
 from pathlib import Path
@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from helpers import read_safetensors
 from PIL import Image
 
-import metrics
-from metrics import CLIP, CLIP_NAMES, DINO, DINO_NAMES, ClipTokenizer, load_clip, load_dino, pixels, published
-from model import InputError
+from common.files import InputError
+from pretrained import encoders
+from pretrained.encoders import (CLIP, CLIP_NAMES, DINO_NAMES, ClipTokenizer, ViT, load_clip, load_dino,
+                                 released_name)
 
 FOLDER = Path(__file__).parent / "fixtures/metrics_tiny"
 REFERENCE = read_safetensors(FOLDER / "metrics_reference.safetensors")
@@ -26,7 +27,7 @@ def cosines(a, b):
 def test_clip():
     pytest.importorskip("safetensors"), pytest.importorskip("tokenizers")
     model, tokenizer = load_clip(FOLDER / "clip")
-    x = torch.stack([metrics.clip_pixels(image, 32) for image in IMAGES])
+    x = torch.stack([encoders.clip_pixels(image, 32) for image in IMAGES])
     torch.testing.assert_close(x, REFERENCE["clip/pixel_values"], atol=1e-5, rtol=0)
     ids, cut = tokenizer([row["text"] for row in FACTS["texts"]])
     assert ids.equal(REFERENCE["clip/input_ids"]) and cut == 0
@@ -35,7 +36,8 @@ def test_clip():
     torch.testing.assert_close(text, REFERENCE["clip/text_features"], atol=1e-4, rtol=0)
     torch.testing.assert_close(cosines(image, image), REFERENCE["clip/image_image_cosine"], atol=1e-5, rtol=0)
     torch.testing.assert_close(cosines(image, text), REFERENCE["clip/image_text_cosine"], atol=1e-5, rtol=0)
-    torch.testing.assert_close(model.logit_scale.exp() * cosines(image, text), REFERENCE["clip/logits_per_image"], atol=1e-4, rtol=0)
+    logits = model.logit_scale.exp() * cosines(image, text)
+    torch.testing.assert_close(logits, REFERENCE["clip/logits_per_image"], atol=1e-4, rtol=0)
 
 
 def test_a_long_caption_keeps_its_end_token_and_is_counted():
@@ -47,57 +49,80 @@ def test_a_long_caption_keeps_its_end_token_and_is_counted():
 def test_dino():
     pytest.importorskip("safetensors")
     model = load_dino(FOLDER / "dino", eps=1e-12)
-    x = torch.stack([pixels(image, (32, 32), None, metrics.IMAGENET_MEAN, metrics.IMAGENET_STD, Image.Resampling.BILINEAR) for image in IMAGES])
+    squares = [image.resize((32, 32), Image.Resampling.BILINEAR) for image in IMAGES]
+    x = torch.stack([encoders.to_tensor(image) for image in squares])
+    x = (x - encoders.IMAGENET_MEAN) / encoders.IMAGENET_STD
     torch.testing.assert_close(x, REFERENCE["dino/pixel_values"], atol=1e-5, rtol=0)
     features = model.image_features(x)
     torch.testing.assert_close(features, REFERENCE["dino/cls"], atol=1e-4, rtol=0)
-    torch.testing.assert_close(cosines(features, features), REFERENCE["dino/image_image_cosine"], atol=1e-5, rtol=0)
+    expected = REFERENCE["dino/image_image_cosine"]
+    torch.testing.assert_close(cosines(features, features), expected, atol=1e-5, rtol=0)
 
 
 def test_the_original_file_of_dino_gives_the_same_features(tmp_path):
     """With heads of width 64 as in the release: made from random weights, stored under both sets of names."""
     pytest.importorskip("safetensors")
     torch.manual_seed(0)
-    model = DINO(128, 2, 2, 256, 5, 1e-6, patch=8, dino=True).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.normal_(std=0.2)
-    state = {published(key, metrics.DINO_FILE_NAMES): value for key, value in model.state_dict().items()}
+    cfg = {"hidden_size": 128, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 256,
+           "image_size": 16, "patch_size": 8, "layer_norm_eps": 1e-6}
+    model = ViT(cfg).requires_grad_(False)
+    for p in model.parameters():
+        p.normal_(std=0.2)
+    state = {released_name(key, encoders.DINO_PTH_NAMES): value for key, value in model.state_dict().items()}
     for key in [key for key in state if ".attn.q." in key]:
-        state[key.replace(".q.", ".qkv.")] = torch.cat([state.pop(key.replace(".q.", f".{part}.")) for part in "qkv"])
+        parts = [state.pop(key.replace(".q.", f".{part}.")) for part in "qkv"]
+        state[key.replace(".q.", ".qkv.")] = torch.cat(parts)
     torch.save(state, tmp_path / "dino.pth")
     x = torch.randn(2, 3, 16, 16)
-    torch.testing.assert_close(load_dino(tmp_path / "dino.pth").image_features(x), model.image_features(x), atol=0, rtol=0)
+    assert load_dino(tmp_path / "dino.pth").image_features(x).equal(model.image_features(x))
 
 
 def names_of(model, names):
-    return {published(key, names): list(value.shape) for key, value in model.state_dict().items()}
+    return {released_name(key, names): list(value.shape) for key, value in model.state_dict().items()}
 
 
 def test_names_and_shapes_of_the_released_files():
-    tower = {"num_attention_heads": 12, "num_hidden_layers": 12}
-    config = {"projection_dim": 512, "vision_config": {**tower, "hidden_size": 768, "intermediate_size": 3072, "image_size": 224, "patch_size": 32},
-              "text_config": {**tower, "num_attention_heads": 8, "hidden_size": 512, "intermediate_size": 2048, "vocab_size": 49408,
-                              "max_position_embeddings": 77}}
+    def sizes(width, heads):
+        return {"hidden_size": width, "num_attention_heads": heads, "num_hidden_layers": 12,
+                "intermediate_size": 4 * width}
+
+    clip_config = {"projection_dim": 512,
+                   "vision_config": {**sizes(768, 12), "image_size": 224, "patch_size": 32},
+                   "text_config": {**sizes(512, 8), "vocab_size": 49408, "max_position_embeddings": 77}}
     with torch.device("meta"):
-        clip, dino = names_of(CLIP(config), CLIP_NAMES), names_of(DINO(384, 6, 12, 1536, 197, 1e-12, patch=16, dino=True), DINO_NAMES)
-    assert len(clip) == 2 * 12 * 16 + 14 and len(dino) == 12 * 16 + 6
-    for key, shape in {"text_model.embeddings.token_embedding.weight": [49408, 512], "text_model.embeddings.position_embedding.weight": [77, 512],
-                       "vision_model.embeddings.class_embedding": [768], "vision_model.embeddings.patch_embedding.weight": [768, 3, 32, 32],
-                       "vision_model.embeddings.position_embedding.weight": [50, 768], "vision_model.pre_layrnorm.weight": [768],
-                       "vision_model.post_layernorm.bias": [768], "text_model.final_layer_norm.bias": [512], "visual_projection.weight": [512, 768],
-                       "text_projection.weight": [512, 512], "logit_scale": [], "vision_model.encoder.layers.11.mlp.fc1.weight": [3072, 768],
+        clip = names_of(CLIP(clip_config), CLIP_NAMES)
+        dino = names_of(ViT({**sizes(384, 6), "image_size": 224, "patch_size": 16}), DINO_NAMES)
+    assert len(clip) == 2 * 12 * 16 + 14
+    assert len(dino) == 12 * 16 + 6
+    for key, shape in {"text_model.embeddings.token_embedding.weight": [49408, 512],
+                       "text_model.embeddings.position_embedding.weight": [77, 512],
+                       "vision_model.embeddings.class_embedding": [768],
+                       "vision_model.embeddings.patch_embedding.weight": [768, 3, 32, 32],
+                       "vision_model.embeddings.position_embedding.weight": [50, 768],
+                       "vision_model.pre_layrnorm.weight": [768],
+                       "vision_model.post_layernorm.bias": [768],
+                       "text_model.final_layer_norm.bias": [512],
+                       "visual_projection.weight": [512, 768],
+                       "text_projection.weight": [512, 512],
+                       "logit_scale": [],
+                       "vision_model.encoder.layers.11.mlp.fc1.weight": [3072, 768],
                        "text_model.encoder.layers.11.self_attn.out_proj.bias": [512]}.items():
         assert clip[key] == shape, key
-    for key, shape in {"embeddings.cls_token": [1, 1, 384], "embeddings.position_embeddings": [1, 197, 384], "layernorm.weight": [384],
-                       "embeddings.patch_embeddings.projection.weight": [384, 3, 16, 16], "embeddings.patch_embeddings.projection.bias": [384],
-                       "encoder.layer.11.attention.attention.query.weight": [384, 384], "encoder.layer.0.intermediate.dense.weight": [1536, 384],
-                       "encoder.layer.0.output.dense.weight": [384, 1536], "encoder.layer.3.layernorm_after.bias": [384]}.items():
+    for key, shape in {"embeddings.cls_token": [1, 1, 384],
+                       "embeddings.position_embeddings": [1, 197, 384],
+                       "layernorm.weight": [384],
+                       "embeddings.patch_embeddings.projection.weight": [384, 3, 16, 16],
+                       "embeddings.patch_embeddings.projection.bias": [384],
+                       "encoder.layer.11.attention.attention.query.weight": [384, 384],
+                       "encoder.layer.0.intermediate.dense.weight": [1536, 384],
+                       "encoder.layer.0.output.dense.weight": [384, 1536],
+                       "encoder.layer.3.layernorm_after.bias": [384]}.items():
         assert dino[key] == shape, key
 
 
-def test_weights_that_do_not_fit_are_one_clear_line(tmp_path):
+def test_files_that_do_not_fit_are_one_clear_line(tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
+    pytest.importorskip("tokenizers")
     shutil.copytree(FOLDER / "dino", tmp_path / "dino")
     weights = safetensors.load_file(FOLDER / "dino/model.safetensors")
     del weights["layernorm.bias"]
@@ -109,23 +134,32 @@ def test_weights_that_do_not_fit_are_one_clear_line(tmp_path):
         load_dino(tmp_path / "dino")
     with pytest.raises(InputError, match="model_type 'vit'; a CLIP"):
         load_clip(tmp_path / "dino")
+    (tmp_path / "dino/config.json").write_text('{"model_type": "vit", "hidden_size": 36}')
+    shutil.copy(FOLDER / "dino/model.safetensors", tmp_path / "dino")
+    with pytest.raises(InputError, match="config.json: the key 'patch_size' is missing"):
+        load_dino(tmp_path / "dino")
+    shutil.copy(FOLDER / "clip/vocab.json", tmp_path)
+    with pytest.raises(InputError, match="merges.txt: there is no such file"):
+        ClipTokenizer(tmp_path)
 
 
 def test_transforms():
     image = Image.new("RGB", (100, 50), (255, 0, 0))
-    image.paste((0, 255, 0), (0, 0, 22, 50))              # the left end: cut off by a centre crop, kept by a square resize
-    assert metrics.clip_pixels(image).shape == metrics.dino_pixels(image).shape == metrics.direction_pixels(image).shape == (3, 224, 224)
-    unit = [x * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None] for x, std, mean in (
-        (metrics.clip_pixels(image), metrics.CLIP_STD, metrics.CLIP_MEAN), (metrics.direction_pixels(image), metrics.CLIP_STD, metrics.CLIP_MEAN))]
-    torch.testing.assert_close(unit[0][:, 112, 112], torch.tensor([1.0, 0, 0]), atol=1e-6, rtol=0)
-    assert unit[0][1].max() < 0.1 and unit[1][1, :, :46].min() > 0.99
+    image.paste((0, 255, 0), (0, 0, 22, 50))              # the left end: only a resize to a square keeps it
+    cropped = encoders.clip_pixels(image)
+    square = encoders.direction_pixels(image)
+    assert cropped.shape == square.shape == encoders.dino_pixels(image).shape == (3, 224, 224)
+    cropped = cropped * encoders.CLIP_STD + encoders.CLIP_MEAN
+    square = square * encoders.CLIP_STD + encoders.CLIP_MEAN
+    torch.testing.assert_close(cropped[:, 112, 112], torch.tensor([1.0, 0, 0]), atol=1e-6, rtol=0)
+    assert cropped[1].max() < 0.1 and square[1, :, :46].min() > 0.99
 
 
 def test_direction_by_hand():
     e = torch.eye(3)
-    source, output = e[:1], e[1:2] * 5                                 # the length does not matter
-    torch.testing.assert_close(metrics.direction(source, output, e[:1], e[1:2]), torch.tensor([1.0]))
-    torch.testing.assert_close(metrics.direction(source, output, e[1:2], e[:1] * 2), torch.tensor([-1.0]))
-    torch.testing.assert_close(metrics.direction(source, output, e[:1], e[2:]), torch.tensor([0.5]))
-    assert metrics.direction(source, output, e[:1], e[:1]).isnan().all()               # captions alike: undefined
-    assert metrics.direction(source, source, e[:1], e[1:2]).tolist() == [0.0]          # nothing was done
+    source = e[:1]
+    output = e[1:2] * 5                                                # the length does not matter
+    for captions, cosine in (((e[:1], e[1:2]), 1.0), ((e[1:2], e[:1] * 2), -1.0), ((e[:1], e[2:]), 0.5)):
+        torch.testing.assert_close(encoders.direction(source, output, *captions), torch.tensor([cosine]))
+    assert encoders.direction(source, output, e[:1], e[:1]).isnan().all()          # captions alike: undefined
+    assert encoders.direction(source, source, e[:1], e[1:2]).tolist() == [0.0]     # nothing was done

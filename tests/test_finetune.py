@@ -12,10 +12,13 @@ import torch.distributed as dist
 from helpers import ROOT, SMALL, call, omnigen_folder, run
 from PIL import Image
 
-import data as data_module
-from data import BPE, Latents, bucket, cache_header, make_batch, micro_batches, shuffled
 import train
-from model import InputError, load_omnigen, load_vae
+from common.files import InputError
+from data import make_batch, micro_batches, shuffled
+from pretrained import latents
+from pretrained.latents import Latents, bucket, cache_header
+from pretrained.omnigen import BPE, load_omnigen
+from pretrained.vae import load_vae
 
 SIZES = [(128, 128), (150, 100), (100, 150), (128, 96), (200, 128), (64, 64), (90, 130), (300, 200)]
 
@@ -46,7 +49,7 @@ def world(tmp_path):
     """A tiny OmniGen folder, image pairs, and their latents."""
     pytest.importorskip("safetensors"), pytest.importorskip("tokenizers")
     folder, pairs = omnigen_folder(tmp_path / "omnigen"), photographs(tmp_path)
-    call(data_module, "latents", pairs, "--init", f"omnigen:{folder}", "--size", 128, "--workers", 0)
+    call(latents, pairs, "--init", f"omnigen:{folder}", "--size", 128, "--workers", 0)
     return folder, pairs, tmp_path / "pairs.latents"
 
 
@@ -79,21 +82,21 @@ def test_an_interrupted_cache_continues(world, capsys):
     (cache / "0.jsonl").write_text("".join(lines[:7]) + lines[7][:20])                    # killed while it wrote a line ...
     end = json.loads(lines[7])["offset"]
     (cache / "0.f16").write_bytes(whole["0.f16"][:end + 50])                              # ... and numbers without a line
-    again = ["latents", pairs, "--init", f"omnigen:{folder}", "--size", 128, "--workers", 0]
-    call(data_module, *again)
+    again = [pairs, "--init", f"omnigen:{folder}", "--size", 128, "--workers", 0]
+    call(latents, *again)
     assert f"{len(lines) - 7} new latents, 7 were there" in capsys.readouterr().out
     assert {path.name: path.read_bytes() for path in cache.iterdir()} == whole
     Image.new("RGB", (64, 64)).save(pairs.parent / "5.jpg")                               # an exchanged image is encoded again
-    call(data_module, *again)
+    call(latents, *again)
     assert "2 new latents" in capsys.readouterr().out                                           # itself and its masked version
     for name in ("f16", "jsonl"):                                                               # as if process 1 of several had made it
         (cache / f"0.{name}").rename(cache / f"1.{name}")
     (cache / "1.jsonl").write_text((cache / "1.jsonl").read_text().replace("0.f16", "1.f16"))
     Image.linear_gradient("L").resize((64, 64)).save(pairs.parent / "5.jpg")
-    call(data_module, *again)
+    call(latents, *again)
     assert "2 new latents" in capsys.readouterr().out
     assert Latents(pairs, cache, cache_header(folder / "vae", 128)).entries["5.jpg"]["file"] == "0.f16"           # the newest counts
-    call(data_module, *again)
+    call(latents, *again)
     assert "0 new latents" in capsys.readouterr().out
 
 
@@ -104,7 +107,7 @@ def test_a_cache_that_does_not_fit_is_refused(world, tmp_path):
         Latents(pairs, cache, {**header, "size": 256})
     with pytest.raises(InputError, match="of another autoencoder"):
         Latents(pairs, cache, {**header, "vae": "0"})
-    with pytest.raises(InputError, match="there are no latents"):
+    with pytest.raises(InputError, match="cache.json: there is no such file"):
         Latents(pairs, tmp_path / "none", header)
     data = Latents(pairs, cache, header)
     raw = bytearray((cache / "0.f16").read_bytes())
@@ -113,7 +116,7 @@ def test_a_cache_that_does_not_fit_is_refused(world, tmp_path):
     with pytest.raises(InputError, match="the latent of 3.jpg is damaged"):
         Latents(pairs, cache, header).latent("3.jpg", torch.Generator())
     pairs.write_text(pairs.read_text() + json.dumps({"instruction": "x", "input_images": [], "output_image": "0_mask.png"}))
-    with pytest.raises(InputError, match=r"pairs.jsonl:9: .*0_mask.png is not in .*run `python data.py latents"):
+    with pytest.raises(InputError, match=r"pairs.jsonl:9: .*0_mask.png is not in .*run `python -m pretrained.latents"):
         Latents(pairs, cache, header)
 
 
@@ -128,7 +131,7 @@ def test_the_mixture_of_edits_and_text_to_image(world):
         edits = [row["output_image"] for row in rows if row["input_images"]]
         assert len(set(edits[:8])) == 8                                # each once in an epoch
     pairs.write_text("".join(line.replace("target_caption", "task") + "\n" for line in pairs.read_text().splitlines()))
-    with pytest.raises(InputError, match="nothing for text-to-image, which is 50% .* --p-edit 1"):
+    with pytest.raises(InputError, match="nothing for text-to-image, 50% .* --p-edit 1"):
         Latents(pairs, cache, cache_header(folder / "vae", 128))
 
 
@@ -171,8 +174,8 @@ def test_from_photographs_to_an_edit(tmp_path):
     """The README's commands: latents, 30 steps on two processes, a process dies, resumed on one, exported, sampled."""
     pytest.importorskip("safetensors"), pytest.importorskip("tokenizers")
     folder, pairs = omnigen_folder(tmp_path / "omnigen"), photographs(tmp_path)
-    run("data.py", "check", pairs, check=0)
-    run("data.py", "latents", pairs, "--init", f"omnigen:{folder}", "--size", 128, check=0, processes=2)
+    run("-m", "tools.pairs", "check", pairs, check=0)
+    run("-m", "pretrained.latents", pairs, "--init", f"omnigen:{folder}", "--size", 128, check=0, processes=2)
     flags = ["--preset", "omnigen", "--init", f"omnigen:{folder}", "--data", pairs, "--size", 128, "--batch", 8, "--steps", 30, "--warmup", 5,
              "--lr", 1e-2, "--save-every", 10, "--eval-steps", 2, "--workers", 1]
     run("train.py", *flags, "--out", tmp_path / "whole", check=0, processes=2)

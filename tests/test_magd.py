@@ -78,30 +78,30 @@ def test_the_loss_is_on_all_tokens_and_on_the_stated_quantity(prediction):
     torch.testing.assert_close(loss, (4 / 192 * scale) * torch.ones(6))
 
 
-def test_hidden_tokens_reach_the_model_as_the_mask_token():
+def test_masked_tokens_reach_the_model_as_the_mask_token():
     x1, condition, draws = batch()
     tokens = magd.MaskTokens(32)
     seen = []
     magd.magd_loss(lambda *inputs: seen.extend(inputs) or x1, x1, condition, draws, 1.0, 0.0, 0.5, tokens)
     x_t, t, _, masked, token = seen
     assert x_t.equal(magd.forward_process(x1, draws.x0, draws.t))          # noise first, then the mask, inside the model
-    assert masked.equal(draws.hide < 0.5)
-    index = (draws.pick * 1024).long()
+    assert masked.equal(draws.u_token < 0.5)
+    index = (draws.u_pool * 1024).long()
     assert token.equal(tokens.mlp(tokens.pool.weight[index])) and len(index.unique()) == 6
 
 
-def test_masking_before_the_noise_leaves_nothing_but_noise_in_a_hidden_patch():
+def test_masking_before_the_noise_leaves_nothing_but_noise_in_a_masked_patch():
     x1, condition, draws = batch()
     seen = []
     magd.magd_loss(lambda *inputs: seen.extend(inputs) or x1, x1, condition, draws, 1.0, 0.0, 0.5, corruption="mask-noise")
     x_t, t, _, masked, _ = seen
     assert masked is None and t.equal(draws.t)                             # the network is not told
-    hidden, noisy = draws.hide < 0.5, magd.forward_process(x1, draws.x0, draws.t)
+    drawn, noisy = draws.u_token < 0.5, magd.forward_process(x1, draws.x0, draws.t)
     only_noise = (1 - draws.t)[:, None, None, None] * draws.x0
     for b in range(6):
         for n in range(4):
             where = (b, slice(None), slice(4 * (n // 2), 4 * (n // 2) + 4), slice(4 * (n % 2), 4 * (n % 2) + 4))
-            torch.testing.assert_close(x_t[where], (only_noise if hidden[b, n] else noisy)[where])
+            torch.testing.assert_close(x_t[where], (only_noise if drawn[b, n] else noisy)[where])
 
 
 def test_only_masking_is_the_masked_autoencoder_and_leaves_the_other_samples_alone():
@@ -127,7 +127,7 @@ def test_masking_gives_the_mask_tokens_a_gradient():
     loss, _ = magd.magd_loss(model, x1, condition, draws, 1.0, 0.0, 0.5, tokens)
     loss.mean().backward()
     used = tokens.pool.weight.grad.abs().sum(dim=1) > 0
-    assert used.nonzero()[:, 0].tolist() == sorted((draws.pick * 1024).long().tolist())
+    assert used.nonzero()[:, 0].tolist() == sorted((draws.u_pool * 1024).long().tolist())
 
 
 def test_edit_weight_by_hand():

@@ -1,4 +1,4 @@
-"""tools/mllm.py against an endpoint of our own, which answers as each test wants it to."""
+"""tools/mllm.py and tools/endpoint.py against a server of our own, which answers as each test wants it to."""
 import base64
 import io
 import json
@@ -12,28 +12,31 @@ import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import helpers
 import pytest
-from helpers import ROOT, run
+from helpers import ROOT
 from PIL import Image
 
-from model import InputError
-
-sys.path.insert(0, str(ROOT / "tools"))
-import mllm  # noqa: E402
+from common.files import InputError
+from data import read_rows
+from tools import endpoint, mllm
 
 KEY = "sk-test/4711-do-not-print-this-key"
 
 
-class Endpoint(ThreadingHTTPServer):
-    """answer(request, n) -> (status, headers, body bytes), for the n-th request. `requests` holds all that came."""
+class Server(ThreadingHTTPServer):
+    """answer(request, n) -> (status, headers, body bytes), for the n-th request; `requests` keeps them."""
     daemon_threads = True
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.requests, self.keys, self.lock, self.release = [], [], threading.Lock(), threading.Event()
+        self.requests = []
+        self.keys = []
+        self.lock = threading.Lock()
+        self.release = threading.Event()
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
 
-    def handle_error(self, request, address):                              # a client that has gone away
+    def handle_error(self, request, address):                          # a client that has gone away
         pass
 
 
@@ -58,16 +61,24 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def endpoint(monkeypatch):
-    monkeypatch.setattr(mllm, "BACKOFF", 0.001)
+def server(monkeypatch):
+    monkeypatch.setattr(endpoint, "BACKOFF", 0.001)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.delenv("MLLM_API_KEY", raising=False)
-    server = Endpoint()
+    server = Server()
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     yield server
     server.release.set()
     server.shutdown()
     server.server_close()
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """The seconds of each time.sleep, none of which is slept."""
+    waits = []
+    monkeypatch.setattr(endpoint.time, "sleep", waits.append)
+    return waits
 
 
 def says(content, **message):
@@ -96,31 +107,32 @@ def images_of(request):
     return found
 
 
-def call(command, endpoint, *flags):
-    """Run a command in this process -> exit code."""
-    flags = [*flags] if "--api" in flags else [*flags, "--api", endpoint.url]
-    old, sys.argv = sys.argv, ["mllm.py", command, "--model", "m", *map(str, flags)]
+def call(command, server, data, out, *flags):
+    """Run a command in this process -> exit code, or what it says at its exit."""
+    flags = ("--api", server.url, "--model", "m", "--data", data, "--out", out, *flags)
     try:
-        mllm.main()
+        helpers.call(mllm, command, *flags)
         return 0
     except SystemExit as stop:
         return stop.code
-    finally:
-        sys.argv = old
 
 
 def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 def training_file(folder, n=1):
     """n rows whose instruction is "edit K". -> path"""
     folder.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (8, 6), (200, 200, 200)).save(folder / "source.png")
-    path = folder / "pairs.jsonl"
-    path.write_text("".join(json.dumps({"instruction": f"edit {k}", "input_images": ["source.png"], "output_image": f"target{k}.png",
-                                        "source_caption": "a gray field", "extra": k}) + "\n" for k in range(n)))
-    return path
+    return write_lines(folder / "pairs.jsonl", [
+        {"instruction": f"edit {k}", "input_images": ["source.png"], "output_image": f"target{k}.png",
+         "source_caption": "a gray field", "extra": k} for k in range(n)])
 
 
 def results_file(folder, edits):
@@ -131,239 +143,281 @@ def results_file(folder, edits):
         for gray in (source, output):
             if gray is not None:
                 Image.new("RGB", (8, 8), (gray,) * 3).save(folder / f"{gray}.png")
-        rows.append({"id": name, "instruction": instruction, "source": None if source is None else f"{source}.png",
-                     "output": f"{output}.png", "seed": 7})
-    (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder / "results.jsonl"
+        source = None if source is None else f"{source}.png"
+        row = {"id": name, "instruction": instruction, "source": source, "output": f"{output}.png"}
+        rows.append({**row, "seed": 7})
+    return write_lines(folder / "results.jsonl", rows)
 
 
 STEPS = {"steps": ["the sky turns red", "keep the field"]}
 
-# ------------------------------------------------------------------------------------------- plans
+# ------------------------------------------------------------------------------------- plans
 
 
-def test_a_plan_is_asked_with_image_caption_and_instruction(endpoint, tmp_path, monkeypatch):
-    data, out = training_file(tmp_path / "data"), tmp_path / "here/deep/planned.jsonl"
+def test_a_plan_is_asked_with_image_caption_and_instruction(server, tmp_path, monkeypatch):
+    data = training_file(tmp_path / "data")
+    out = tmp_path / "here/deep/planned.jsonl"
     Image.new("RGB", (3000, 1500), "white").save(tmp_path / "data/source.png")
-    endpoint.answer = in_turn(says(STEPS))
+    server.answer = in_turn(says(STEPS))
     monkeypatch.setenv("OTHER", KEY)
-    assert call("plan", endpoint, "--data", data, "--out", out, "--key-env", "OTHER") == 0
-    request, = endpoint.requests
+    assert call("plan", server, data, out, "--key-env", "OTHER") == 0
+    request, = server.requests
     assert request["model"] == "m" and images_of(request) == [("jpeg", (1024, 512), 255)]
-    assert text_of(request) == "Caption: a gray field\nInstruction: edit 0" and endpoint.keys == [f"Bearer {KEY}"]
+    assert text_of(request) == "Caption: a gray field\nInstruction: edit 0"
+    assert server.keys == [f"Bearer {KEY}"]
     row, = lines(out)
-    assert row["plan"] == STEPS["steps"] and row["row"] == 1 and row["extra"] == 0 and row["instruction"] == "edit 0"
+    assert row["plan"] == STEPS["steps"] and row["row"] == 1
+    assert row["extra"] == 0 and row["instruction"] == "edit 0"
     assert os.path.samefile(out.parent / row["input_images"][0], tmp_path / "data/source.png")
     assert row["output_image"] == "../../data/target0.png"
     assert lines(out.with_suffix(".raw.jsonl")) == [{"row": 1, "call": "plan", "reply": json.dumps(STEPS)}]
-    (number, again), = mllm.read_rows(out)                                 # it is a training file
+    (_, again), = read_rows(out)                                       # it is a training file
     assert again["plan"] == STEPS["steps"]
-    assert call("plan", endpoint, "--data", data, "--out", out) == 0 and len(endpoint.requests) == 1
+    assert call("plan", server, data, out) == 0 and len(server.requests) == 1
 
 
-def test_tags_of_images_are_neither_sent_nor_accepted(endpoint, tmp_path):
-    data = tmp_path / "pairs.jsonl"
+def test_tags_of_images_are_neither_sent_nor_accepted(server, tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
-    data.write_text(json.dumps({"instruction": "put <img><|image_2|></img> on <|image_1|>", "input_images": ["a.png", "a.png"],
-                                "output_image": "a.png"}))
-    endpoint.answer = in_turn(says({"steps": ["put <|image_2|> there"]}), says({"steps": ["put <img> there"]}), says(STEPS))
-    assert call("plan", endpoint, "--data", data, "--out", tmp_path / "out.jsonl") == 0
-    assert text_of(endpoint.requests[0]) == "Instruction: put image 2 on image 1" and len(endpoint.requests) == 3
-    assert len(images_of(endpoint.requests[0])) == 1
+    row = {"instruction": "put <img><|image_2|></img> on <|image_1|>", "input_images": ["a.png", "a.png"]}
+    data = write_lines(tmp_path / "pairs.jsonl", [{**row, "output_image": "a.png"}])
+    server.answer = in_turn(says({"steps": ["put <|image_2|> there"]}), says({"steps": ["put <img> there"]}),
+                            says(STEPS))
+    assert call("plan", server, data, tmp_path / "out.jsonl") == 0
+    assert len(server.requests) == 3 and len(images_of(server.requests[0])) == 1
+    assert text_of(server.requests[0]) == "Instruction: put image 2 on image 1"
+
+
+def test_a_row_without_images_says_so(server, tmp_path):
+    row = {"instruction": "a cat", "input_images": [], "output_image": "a.png"}
+    data = write_lines(tmp_path / "pairs.jsonl", [row])
+    server.answer = in_turn(says(STEPS))
+    assert call("plan", server, data, tmp_path / "out.jsonl") == 0
+    assert text_of(server.requests[0]) == "There is no picture.\nInstruction: a cat"
 
 
 @pytest.mark.parametrize("reply", [
-    "```json\n" + json.dumps(STEPS) + "\n```", "The plan {of sorts} is " + json.dumps(STEPS) + " I hope {it} helps.",
-    '<think>{"steps": ["a draft"]}</think> ' + json.dumps(STEPS), '{"steps": ["the  sky\\nturns red ", "keep the field"]}'])
-def test_what_stands_around_an_answer_does_not_matter(endpoint, tmp_path, reply):
-    endpoint.answer = in_turn(says(reply))
-    assert call("plan", endpoint, "--data", training_file(tmp_path), "--out", tmp_path / "o.jsonl", "--tries", 1) == 0
+    "```json\n" + json.dumps(STEPS) + "\n```",
+    "The plan {of sorts} is " + json.dumps(STEPS) + " I hope {it} helps.",
+    '<think>{"steps": ["a draft"]}</think> ' + json.dumps(STEPS),
+    '{"steps": ["the  sky\\nturns red ", "keep the field"]}'])
+def test_what_stands_around_an_answer_does_not_matter(server, tmp_path, reply):
+    server.answer = in_turn(says(reply))
+    assert call("plan", server, training_file(tmp_path), tmp_path / "o.jsonl", "--tries", 1) == 0
     assert lines(tmp_path / "o.jsonl")[0]["plan"] == STEPS["steps"]
     assert lines(tmp_path / "o.raw.jsonl")[0]["reply"] == reply
 
 
-@pytest.mark.parametrize("bad, why", [
-    (says("no JSON at all"), "no JSON object"), (says('{"steps": ["cut'), "no JSON object"), (says({"steps": []}), "one to five"),
-    (says({"steps": ["a"] * 6}), "one to five"), (says({"steps": ["a", " "]}), "1 to 200"), (says({"steps": ["a" * 201]}), "1 to 200"),
-    (says({"steps": [1]}), "strings"), (says({"steps": "a"}), "list"), (says('{"a":' * 4000), ""),
-    (says("x" * 100000 + json.dumps(STEPS)), "characters"), (says(STEPS, refusal="I would rather not"), "rather not"),
-    (says(None), "empty"), (says("  "), "empty"), ((200, {}, b'{"choices": []}'), "not a chat completion"),
-    ((200, {}, b'{"choices": [{"message": 3}]}'), "not a chat completion"), ((200, {}, b"<html>"), "not a chat completion"),
-    ((200, {"Content-Length": "9999"}, says(STEPS)[2][:-5]), "not a chat completion"), ((500, {}, b"oops"), "HTTP 500: oops"),
-    ((429, {"Retry-After": "soon"}, b""), "HTTP 429"), ((408, {}, b""), "HTTP 408"),
-    ((200, {}, says(STEPS)[2] + b" " * 10 * 2**20), "more than 2097152 bytes")])
-def test_a_bad_reply_is_a_failed_try(endpoint, tmp_path, capsys, bad, why):
+def test_half_of_an_emoji_does_not_spoil_the_files(server, tmp_path):
     data = training_file(tmp_path)
-    endpoint.answer = in_turn(bad, bad, says(STEPS))
-    assert call("plan", endpoint, "--data", data, "--out", tmp_path / "o.jsonl", "--tries", 2) == 1
-    assert len(endpoint.requests) == 2 and lines(tmp_path / "o.jsonl") == []
-    message = [line for line in capsys.readouterr().out.splitlines() if line.startswith(f"{data}:1: plan: 2 tries failed")]
-    assert len(message) == 1 and why in message[0] and len(message[0]) < 350
-    assert call("plan", endpoint, "--data", data, "--out", tmp_path / "o.jsonl", "--tries", 2) == 0    # a failed row is asked again
-    assert len(endpoint.requests) == 3 and lines(tmp_path / "o.jsonl")[0]["plan"] == STEPS["steps"]
+    answers = [says('{"steps": ["draw \\ud83d"]}'), says('{"no": "steps \ud83d"}')]
+    server.answer = in_turn(*reversed(answers))
+    for _ in range(2):                                                 # the second run reads the files
+        assert call("plan", server, data, tmp_path / "o.jsonl") == 0
+    assert len(server.requests) == 2 and lines(tmp_path / "o.jsonl")[0]["plan"] == ["draw ?"]
 
 
-def test_retry_after_is_honoured_and_bounded(endpoint, tmp_path, monkeypatch):
-    data, busy = training_file(tmp_path), (429, {"Retry-After": "1"}, b"")
-    endpoint.answer = in_turn(busy, (500, {}, b""), says(STEPS))
-    start = time.monotonic()
-    assert call("plan", endpoint, "--data", data, "--out", tmp_path / "a.jsonl", "--tries", 3) == 0
-    assert len(endpoint.requests) == 3 and 1 <= time.monotonic() - start < 3
-    assert mllm.MOST_WAIT == 60
-    monkeypatch.setattr(mllm, "MOST_WAIT", 0.1)
-    endpoint.requests.clear()
-    endpoint.answer = in_turn((503, {"Retry-After": "86400"}, b""), says(STEPS))
-    start = time.monotonic()
-    assert call("plan", endpoint, "--data", data, "--out", tmp_path / "b.jsonl") == 0
-    assert len(endpoint.requests) == 2 and 0.1 <= time.monotonic() - start < 2
+@pytest.mark.parametrize("bad, why", [
+    (says("no JSON at all"), "no JSON object"),
+    (says('{"steps": ["cut'), "no JSON object"),
+    (says({"steps": []}), "one to five"),
+    (says({"steps": ["a"] * 6}), "one to five"),
+    (says({"steps": ["a", " "]}), "1 to 200"),
+    (says({"steps": ["a" * 201]}), "1 to 200"),
+    (says({"steps": [1]}), "strings"),
+    (says({"steps": "a"}), "list"),
+    (says('{"a":' * 4000), ""),
+    (says("x" * 100000 + json.dumps(STEPS)), "characters"),
+    (says(STEPS, refusal="I would rather not"), "rather not"),
+    (says(None), "empty"),
+    (says("  "), "empty"),
+    ((200, {}, b'{"choices": []}'), "not a chat completion"),
+    ((200, {}, b'{"choices": [{"message": 3}]}'), "not a chat completion"),
+    ((200, {}, b"<html>"), "not a chat completion"),
+    ((200, {"Content-Length": "9999"}, says(STEPS)[2][:-5]), "not a chat completion"),
+    ((500, {}, b"oops"), "HTTP 500: oops"),
+    ((429, {"Retry-After": "soon"}, b""), "HTTP 429"),
+    ((408, {}, b""), "HTTP 408"),
+    ((200, {}, says(STEPS)[2] + b" " * 10 * 2**20), "more than 2097152 bytes")])
+def test_a_bad_reply_is_a_failed_try(server, tmp_path, capsys, bad, why):
+    data = training_file(tmp_path)
+    server.answer = in_turn(bad, bad, says(STEPS))
+    assert call("plan", server, data, tmp_path / "o.jsonl", "--tries", 2) == 1
+    assert len(server.requests) == 2 and lines(tmp_path / "o.jsonl") == []
+    printed = capsys.readouterr().out.splitlines()
+    message, = [line for line in printed if line.startswith(f"{data}:1: plan: 2 tries failed")]
+    assert why in message and len(message) < 350
+    # a failed row is asked again
+    assert call("plan", server, data, tmp_path / "o.jsonl", "--tries", 2) == 0
+    assert len(server.requests) == 3 and lines(tmp_path / "o.jsonl")[0]["plan"] == STEPS["steps"]
 
 
-def test_the_wait_doubles(endpoint, tmp_path, monkeypatch):
-    waits = []
-    monkeypatch.setattr(mllm, "BACKOFF", 1.0)
-    monkeypatch.setattr(mllm.time, "sleep", waits.append)
-    endpoint.answer = in_turn((500, {}, b""))
-    assert call("plan", endpoint, "--data", training_file(tmp_path), "--out", tmp_path / "o.jsonl", "--tries", 9) == 1
-    assert len(waits) == 8 and all(min(60, 0.5 * 2**k) <= w <= min(60, 1.5 * 2**k) for k, w in enumerate(waits))
-    assert len({w / 2**k for k, w in enumerate(waits[:5])}) == 5           # jitter
+def test_retry_after_is_honoured_and_bounded(server, tmp_path, waits):
+    busy = [(503, {"Retry-After": seconds}, b"") for seconds in ("7", "86400")]
+    server.answer = in_turn(*busy, (500, {}, b""), says(STEPS))
+    assert call("plan", server, training_file(tmp_path), tmp_path / "o.jsonl") == 0
+    assert waits[:2] == [7, 60] and waits[2] < 0.1 and len(waits) == 3 and len(server.requests) == 4
+
+
+def test_the_wait_doubles(server, tmp_path, monkeypatch, waits):
+    monkeypatch.setattr(endpoint, "BACKOFF", 1.0)
+    server.answer = in_turn((500, {}, b""))
+    assert call("plan", server, training_file(tmp_path), tmp_path / "o.jsonl", "--tries", 9) == 1
+    assert len(waits) == 8
+    assert all(min(60, 0.5 * 2**k) <= wait <= min(60, 1.5 * 2**k) for k, wait in enumerate(waits))
+    assert len({wait / 2**k for k, wait in enumerate(waits[:5])}) == 5                 # jitter
 
 
 @pytest.mark.parametrize("how", ["hang", "trickle"])
-def test_a_reply_that_does_not_come_in_time(endpoint, tmp_path, how):
-    def trickle():                                                         # every single read succeeds
-        for _ in range(40):
+def test_a_reply_that_does_not_come_in_time(server, tmp_path, how):
+    def trickle():                                                     # every single read succeeds
+        for _ in range(50):
             yield b" "
-            time.sleep(0.05)
+            time.sleep(0.02)
         yield says(STEPS)[2]
 
     def answer(request, n):
         if n == 0 and how == "hang":
-            endpoint.release.wait(10)
+            server.release.wait(10)
         return (200, {}, trickle()) if n == 0 else says(STEPS)
-    endpoint.answer = answer
+    server.answer = answer
     start = time.monotonic()
-    assert call("plan", endpoint, "--data", training_file(tmp_path), "--out", tmp_path / "o.jsonl", "--timeout", 0.4) == 0
-    assert len(endpoint.requests) == 2 and 0.4 <= time.monotonic() - start < 1.8
+    assert call("plan", server, training_file(tmp_path), tmp_path / "o.jsonl", "--timeout", 0.2) == 0
+    assert len(server.requests) == 2 and time.monotonic() - start >= 0.2
 
 
-def test_nobody_listens(endpoint, tmp_path, capsys):
-    data = training_file(tmp_path)
-    closed = Endpoint()
+def test_nobody_listens(tmp_path, capsys, waits):
+    closed = Server()
     closed.server_close()
-    assert call("plan", closed, "--data", data, "--out", tmp_path / "o.jsonl", "--tries", 2) == 1
+    assert call("plan", closed, training_file(tmp_path), tmp_path / "o.jsonl", "--tries", 2) == 1
     assert re.search("2 tries failed, the last with: no reply: .*refused", capsys.readouterr().out)
 
 
-def test_other_errors_fail_the_row_at_once(endpoint, tmp_path, capsys):
+def test_other_errors_fail_the_row_at_once(server, tmp_path, capsys):
     data = training_file(tmp_path, 3)
-
-    def answer(request, n):
-        return (400, {}, b"no such\n\x1b[31m model" + b"!" * 500) if "edit 1" in text_of(request) else says(STEPS)
-    endpoint.answer = answer
-    assert call("plan", endpoint, "--data", data, "--out", tmp_path / "o.jsonl") == 1
+    out = tmp_path / "o.jsonl"
+    no_model = (400, {}, b"no such\n\x1b[31m model" + b"!" * 500)
+    server.answer = lambda request, n: no_model if "edit 1" in text_of(request) else says(STEPS)
+    assert call("plan", server, data, out) == 1
     message = capsys.readouterr().out.splitlines()
-    assert message[0].startswith(f"{data}:2: HTTP 400: no such [31m model!!") and len(message[0]) < len(str(data)) + 230
-    assert "1 of 3 rows failed" in message[1] and len(endpoint.requests) == 3 and len(lines(tmp_path / "o.jsonl")) == 2
-    endpoint.answer = in_turn((302, {"Location": endpoint.url + "/elsewhere"}, b""))                   # would take the key along
-    assert call("plan", endpoint, "--data", data, "--out", tmp_path / "o.jsonl") == 1
-    assert "2: HTTP 302" in capsys.readouterr().out and len(endpoint.requests) == 4
+    assert message[0].startswith(f"{data}:2: HTTP 400: no such [31m model!!")
+    assert len(message[0]) < len(str(data)) + 230
+    assert "1 of 3 rows failed" in message[1] and len(server.requests) == 3 and len(lines(out)) == 2
+    server.answer = in_turn((302, {"Location": server.url + "/elsewhere"}, b""))
+    assert call("plan", server, data, out) == 1
+    assert "2: HTTP 302" in capsys.readouterr().out and len(server.requests) == 4
     (tmp_path / "source.png").unlink()
-    assert call("plan", endpoint, "--data", data, "--out", tmp_path / "o.jsonl") == 1
-    assert "there is no such image" in capsys.readouterr().out and len(endpoint.requests) == 4
+    assert call("plan", server, data, out) == 1
+    assert "there is no such image" in capsys.readouterr().out and len(server.requests) == 4
 
 
-def test_the_key_is_written_nowhere(endpoint, tmp_path, monkeypatch, capfd):
+def escaped(answer):
+    """The same reply, in which a key is a key only when it has been read as JSON."""
+    status, headers, body = answer
+    return status, headers, body.replace(b"-", b"\\u002d")
+
+
+def test_the_key_is_written_nowhere(server, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("MLLM_API_KEY", KEY + "\n")
     seen = f"the key {KEY} is wrong"
-
-    def escaped(answer):                                                   # the key appears only when the body has been read as JSON
-        return (*answer[:2], answer[2].replace(b"-", b"\\u002d"))
     slashes = KEY.replace("/", "\\/").encode()
-    echoes = [(400, {"reason": KEY}, seen.encode()), (429, {}, json.dumps({"error": seen}).encode()), escaped(says(seen)),
-              escaped(says(None, refusal=seen)), says({"steps": [seen]}), (401, {}, b"x" * 180 + KEY.encode()), (400, {}, slashes),
-              (200, {}, slashes)]
-    data, good = training_file(tmp_path / "data", len(echoes)), escaped(says({"steps": [seen]}))
-    endpoint.answer = lambda request, n: echoes[int(text_of(request)[-1])]
-    assert call("plan", endpoint, "--data", data, "--out", tmp_path / "out/o.jsonl", "--tries", 2) == 1
-    assert len(lines(tmp_path / "out/o.jsonl")) == 1
-    endpoint.answer = in_turn(good)                                        # now OUT is sorted
-    assert call("plan", endpoint, "--data", data, "--out", tmp_path / "out/o.jsonl", "--tries", 2) == 0
-    assert set(endpoint.keys) == {f"Bearer {KEY}"} and lines(tmp_path / "out/o.jsonl")[5]["plan"] == ["the key [key] is wrong"]
+    echoes = [(400, {"reason": KEY}, seen.encode()), (429, {}, json.dumps({"error": seen}).encode()),
+              escaped(says(seen)), escaped(says(None, refusal=seen)), says({"steps": [seen]}),
+              (401, {}, b"x" * 180 + KEY.encode()), (400, {}, slashes), (200, {}, slashes),
+              says(json.dumps({"steps": [seen]}).replace("-", "\\u002d"))]
+    data = training_file(tmp_path / "data", len(echoes))
+    out = tmp_path / "out/o.jsonl"
+    server.answer = lambda request, n: echoes[int(text_of(request)[-1])]
+    assert call("plan", server, data, out, "--tries", 2) == 1
+    assert [row["row"] for row in sorted(lines(out), key=lambda row: row["row"])] == [5, 9]
+    server.answer = in_turn(escaped(says({"steps": [seen]})))          # now OUT is sorted
+    assert call("plan", server, data, out, "--tries", 2) == 0
+    assert set(server.keys) == {f"Bearer {KEY}"}
+    assert {row["plan"][0] for row in lines(out)} == {"the key [key] is wrong"}
     printed = capfd.readouterr()
     written = "".join(path.read_text() for path in tmp_path.rglob("*.jsonl"))
-    assert len(list((tmp_path / "out").iterdir())) == 2 and "[key]" in written and "[key]" in printed.out
+    assert len(list(out.parent.iterdir())) == 2 and "[key]" in written and "[key]" in printed.out
     for text in (printed.out, printed.err, written):
         assert KEY[:7] not in text and KEY[-12:] not in text
     monkeypatch.setenv("MLLM_API_KEY", "two words of it")
     with pytest.raises(InputError, match="the key in MLLM_API_KEY has characters") as error:
-        call("plan", endpoint, "--data", data, "--out", tmp_path / "out/o.jsonl")
+        call("plan", server, data, out)
     assert "words" not in str(error.value)
 
 
-def test_killed_and_started_again(endpoint, tmp_path):
-    data, out, asked, lock = training_file(tmp_path, 12), tmp_path / "o.jsonl", Counter(), threading.Lock()
+def test_killed_and_started_again(server, tmp_path):
+    data = training_file(tmp_path, 12)
+    out = tmp_path / "o.jsonl"
+    asked = Counter()
 
     def answer(request, n):
         instruction = text_of(request).split(": ")[-1]
-        with lock:
+        with server.lock:
             asked[instruction] += 1
             blocked = instruction == "edit 0" or len(asked) > 6
-        if blocked and not endpoint.release.is_set():
-            endpoint.release.wait(30)
+        if blocked:
+            server.release.wait(30)
         return says({"steps": [instruction]})
-    endpoint.answer = answer
-    process = subprocess.Popen([sys.executable, "tools/mllm.py", "plan", "--data", data, "--out", out, "--api", endpoint.url, "--model", "m",
-                                "--concurrency", "2"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    server.answer = answer
+    command = [sys.executable, "-m", "tools.mllm", "plan", "--data", data, "--out", out]
+    command += ["--api", server.url, "--model", "m", "--concurrency", "2"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     end = time.monotonic() + 60
-    while (not out.exists() or out.read_bytes().count(b"\n") < 5 or sum(asked.values()) < 7) and time.monotonic() < end:
+    while time.monotonic() < end and process.poll() is None:
+        if out.exists() and out.read_bytes().count(b"\n") == 5 and sum(asked.values()) == 7:
+            break
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert [row["row"] for row in lines(out)] == [2, 3, 4, 5, 6] and asked == {f"edit {k}": 1 for k in range(7)}
-    with open(out, "ab") as file:                                          # a kill can come in the middle of a line
+    assert [row["row"] for row in lines(out)] == [2, 3, 4, 5, 6]
+    assert asked == {f"edit {k}": 1 for k in range(7)}
+    with open(out, "ab") as file:                                      # a kill can tear a line
         file.write(b'{"instruction": "edit 6", "input_ima')
     with open(out.with_suffix(".raw.jsonl"), "ab") as file:
         file.write(b'{"row": 7')
-    endpoint.release.set()
-    assert call("plan", endpoint, "--data", data, "--out", out, "--concurrency", 2) == 0
-    assert asked == {f"edit {k}": 1 + (k in (0, 6)) for k in range(12)}    # these two were under way
+    server.release.set()
+    assert call("plan", server, data, out, "--concurrency", 2) == 0
+    # these two were under way
+    assert asked == {f"edit {k}": 1 + (k in (0, 6)) for k in range(12)}
     assert [(row["row"], row["plan"]) for row in lines(out)] == [(k + 1, [f"edit {k}"]) for k in range(12)]
     assert sorted(reply["row"] for reply in lines(out.with_suffix(".raw.jsonl"))) == list(range(1, 13))
     assert sorted(path.name for path in tmp_path.glob("o*")) == ["o.jsonl", "o.raw.jsonl"]
 
 
-def test_a_record_without_its_line_end_is_kept(endpoint, tmp_path):
-    data, out = training_file(tmp_path, 3), tmp_path / "o.jsonl"
-    endpoint.answer = in_turn(says(STEPS))
-    assert call("plan", endpoint, "--data", data, "--out", out) == 0
-    out.write_text(out.read_text().splitlines()[0])
-    endpoint.answer = lambda request, n: (400, {}, b"") if "edit 2" in text_of(request) else says(STEPS)
-    assert call("plan", endpoint, "--data", data, "--out", out) == 1
-    assert len(endpoint.requests) == 5 and [row["row"] for row in lines(out)] == [1, 2]
+def test_a_record_without_its_line_end_is_asked_again(server, tmp_path):
+    data = training_file(tmp_path, 3)
+    out = tmp_path / "o.jsonl"
+    server.answer = in_turn(says(STEPS))
+    assert call("plan", server, data, out) == 0
+    out.write_text("\n".join(out.read_text().splitlines()[:2]))        # the second could be half of a line
+    server.answer = lambda request, n: (400, {}, b"") if "edit 2" in text_of(request) else says(STEPS)
+    assert call("plan", server, data, out) == 1
+    assert len(server.requests) == 3 + 2 and [row["row"] for row in lines(out)] == [1, 2]
 
 
-# ------------------------------------------------------------------------------------------- judging
+# ------------------------------------------------------------------------------------- grades
 
-def test_complex_edit_keeps_what_belongs_together(endpoint, tmp_path):
-    edits = [(k, f"edit {k}", 100 + k, 10 * k) for k in range(10)]
-    data, out, lock, times = results_file(tmp_path / "in", edits), tmp_path / "judged.jsonl", threading.Lock(), Counter()
+def test_complex_edit_keeps_what_belongs_together(server, tmp_path):
+    data = results_file(tmp_path / "in", [(k, f"edit {k}", 100 + k, 10 * k) for k in range(10)])
+    out = tmp_path / "judged.jsonl"
+    times = Counter()
 
     def answer(request, n):
         images = images_of(request)
         kind, size, gray = images[-1]
         assert kind == "png"
-        with lock:
+        with server.lock:
             times[gray, len(images)] += 1
             turn = times[gray, len(images)]
         time.sleep(0.003 * (n * 7 % 5))
         if len(images) == 1:
-            assert text_of(request) == ""                                  # neither source nor instruction
+            assert text_of(request) == ""                              # neither source nor instruction
             return says({"perceptual_quality": (gray // 10 + turn) % 11})
         assert images[0][2] == 100 + gray // 10 and f"Instruction: edit {gray // 10}" in text_of(request)
         return says({"reasoning": "...", "instruction_following": gray // 10, "identity_preservation": turn})
-    endpoint.answer = answer
-    assert call("judge", endpoint, "--data", data, "--out", out, "--protocol", "complex-edit", "--samples", 3, "--concurrency", 5) == 0
-    assert len(endpoint.requests) == 10 * 3 * 2
+    server.answer = answer
+    flags = ("--protocol", "complex-edit", "--samples", 3, "--concurrency", 5)
+    assert call("judge", server, data, out, *flags) == 0
+    assert len(server.requests) == 10 * 3 * 2
     rows = lines(out)
     assert [row["id"] for row in rows] == list(range(10))
     for k, row in enumerate(rows):
@@ -371,137 +425,188 @@ def test_complex_edit_keeps_what_belongs_together(endpoint, tmp_path):
         assert [(s["IF"], s["IP"], s["PQ"]) for s in row["samples"]] == samples
         assert [s["overall"] for s in row["samples"]] == pytest.approx([sum(s) / 3 for s in samples])
         means = [sum(column) / 3 for column in zip(*samples)]
-        assert [row[name] for name in ("IF", "IP", "PQ", "overall")] == pytest.approx([*means, sum(means) / 3])
+        means.append(sum(means) / 3)
+        assert [row[name] for name in ("IF", "IP", "PQ", "overall")] == pytest.approx(means)
         assert row["seed"] == 7 and os.path.samefile(tmp_path / row["output"], tmp_path / f"in/{10 * k}.png")
     raw = lines(out.with_suffix(".raw.jsonl"))
-    assert len(raw) == 60 and {reply["call"] for reply in raw if reply["id"] == 3} == {f"{c} {k}" for c in ("alignment", "quality") for k in range(3)}
+    calls = {reply["call"] for reply in raw if reply["id"] == 3}
+    assert len(raw) == 60 and calls == {f"{c} {k}" for c in ("alignment", "quality") for k in range(3)}
 
 
 GOOD = {"reasoning": "", "instruction_following": 10, "identity_preservation": 0}
 
 
-@pytest.mark.parametrize("change", [{"instruction_following": 11}, {"identity_preservation": -1}, {"instruction_following": 7.5},
-                                    {"instruction_following": True}, {"instruction_following": "7"}, {"reasoning": None}])
-def test_grades_outside_the_range_are_asked_again(endpoint, tmp_path, change):
+@pytest.mark.parametrize("change", [
+    {"instruction_following": 11}, {"identity_preservation": -1}, {"instruction_following": 7.5},
+    {"instruction_following": True}, {"instruction_following": "7"}, {"reasoning": None}])
+def test_grades_outside_the_range_are_asked_again(server, tmp_path, change):
     data = results_file(tmp_path, [("a", "x", 1, 2)])
-    endpoint.answer = in_turn(says({**GOOD, **change}), says(GOOD), says({"perceptual_quality": 11}), says({"perceptual_quality": 3}))
-    assert call("judge", endpoint, "--data", data, "--out", tmp_path / "o.jsonl", "--protocol", "complex-edit") == 0
+    server.answer = in_turn(says({**GOOD, **change}), says(GOOD), says({"perceptual_quality": 11}),
+                            says({"perceptual_quality": 3}))
+    assert call("judge", server, data, tmp_path / "o.jsonl", "--protocol", "complex-edit") == 0
     row, = lines(tmp_path / "o.jsonl")
-    assert len(endpoint.requests) == 4 and (row["IF"], row["IP"], row["PQ"]) == (10, 0, 3)
+    assert len(server.requests) == 4 and (row["IF"], row["IP"], row["PQ"]) == (10, 0, 3)
 
 
 def five(tags, **change):
-    return {"questions": [{"tag": tag, "question": f"{tag}?", "answers": [f"{tag}{g}" for g in range(6)], **change} for tag in tags.split()]}
+    questions = []
+    for tag in tags.split():
+        answers = [f"{tag}{grade}" for grade in range(6)]
+        questions.append({"tag": tag, "question": f"{tag}?", "answers": answers, **change})
+    return {"questions": questions}
 
 
-def test_madi_asks_its_questions_once(endpoint, tmp_path, capsys):
-    # two instructions on one source; three outputs, two and (without a source) one
-    edits = [("a", "one", 1, 10), ("b", "one", 1, 11), ("c", "two", 1, 12), ("d", "one", 1, 13), ("e", "two", 1, 14), ("f", "one", None, 15)]
-    data, out, broken = results_file(tmp_path / "in", edits), tmp_path / "judged.jsonl", True
+def test_madi_asks_its_questions_once(server, tmp_path, capsys):
+    # two instructions on one source, of three and two outputs; one edit without a source
+    edits = [("a", "one", 1, 10), ("b", "one", 1, 11), ("c", "two", 1, 12),
+             ("d", "one", 1, 13), ("e", "two", 1, 14), ("f", "one", None, 15)]
+    data = results_file(tmp_path / "in", edits)
+    out = tmp_path / "judged.jsonl"
+    choices = {10: [5, 4, 0, -1, 4], 12: [0, 1, 2, 3, 4]}
+    broken = True
 
     def answer(request, n):
         grays = [gray for _, _, gray in images_of(request)]
-        if grays in ([1], []):                                             # the questions: no output is seen
+        if grays in ([1], []):                                         # the questions: no output is seen
             return says(five("IF IDP IF PQ IDP") if grays else five("IF IF IF IF IF"))
         assert "IF?\n   0: IF0\n" in text_of(request) and "5: IF5" in text_of(request)
         if broken and grays[-1] == 13:
             return 400, {}, b"not now"
-        return says({"choices": {10: [5, 4, 0, -1, 4], 12: [0, 1, 2, 3, 4]}.get(grays[-1], [1, 1, 1, 1, 1])})
-    endpoint.answer = answer
-    flags = ["--data", data, "--out", out, "--protocol", "madi", "--concurrency", 3]
-    assert call("judge", endpoint, *flags) == 1 and len(endpoint.requests) == 3 + 6 and len(lines(out)) == 5
+        return says({"choices": choices.get(grays[-1], [1, 1, 1, 1, 1])})
+    server.answer = answer
+    flags = ("--protocol", "madi", "--concurrency", 3)
+    assert call("judge", server, data, out, *flags) == 1
+    assert len(server.requests) == 3 + 6 and len(lines(out)) == 5
     assert f"{data}:4: HTTP 400: not now" in capsys.readouterr().out
     broken = False
-    assert call("judge", endpoint, *flags) == 0 and len(endpoint.requests) == 3 + 6 + 1
-    assert call("judge", endpoint, *flags) == 0 and len(endpoint.requests) == 3 + 6 + 1
+    assert call("judge", server, data, out, *flags) == 0 and len(server.requests) == 3 + 6 + 1
+    assert call("judge", server, data, out, *flags) == 0 and len(server.requests) == 3 + 6 + 1
     rows = {row["id"]: row for row in lines(out)}
-    assert list(rows) == list("abcdef") and rows["a"]["choices"] == [5, 4, 0, -1, 4]
-    assert {tag: rows["a"][tag] for tag in ("IF", "IDP", "PQ")} == {"IF": 5.5, "IDP": pytest.approx(8.2), "PQ": None}
+    assert list(rows) == list("abcdef") and rows["a"]["choices"] == choices[10]
+    assert (rows["a"]["IF"], rows["a"]["IDP"], rows["a"]["PQ"]) == (5.5, pytest.approx(8.2), None)
     assert rows["c"]["IF"] == pytest.approx((1 + 4.6) / 2) and rows["c"]["PQ"] == pytest.approx(6.4)
     assert rows["f"]["IDP"] is None and rows["f"]["IF"] == pytest.approx(2.8) and rows["f"]["source"] is None
-    assert rows["a"]["questions"] == five("IF IDP IF PQ IDP")["questions"] and len(lines(out.with_suffix(".questions.jsonl"))) == 3
+    assert rows["a"]["questions"] == five("IF IDP IF PQ IDP")["questions"]
+    assert len(lines(out.with_suffix(".questions.jsonl"))) == 3
 
 
 @pytest.mark.parametrize("source, bad", [
-    *((1, five(tags)) for tags in ("IF IDP PQ PQ", "IF IDP PQ PQ PQ PQ", "IF IF IF PQ PQ", "IDP IDP IDP PQ PQ", "IF IDP PQ PQ XY")),
-    (None, five("IF IDP PQ PQ PQ")), (1, five("IF IDP PQ PQ PQ", question="")), (1, five("IF IDP PQ PQ PQ", answers=["a"] * 5)),
-    (1, five("IF IDP PQ PQ PQ", answers=[1] * 6))])
-def test_bad_questions_are_asked_again(endpoint, tmp_path, source, bad):
+    (1, five("IF IDP PQ PQ")), (1, five("IF IDP PQ PQ PQ PQ")), (1, five("IF IF IF PQ PQ")),
+    (1, five("IDP IDP IDP PQ PQ")), (1, five("IF IDP PQ PQ XY")), (None, five("IF IDP PQ PQ PQ")),
+    (1, five("IF IDP PQ PQ PQ", question="")), (1, five("IF IDP PQ PQ PQ", answers=["a"] * 5)),
+    (1, five("IF IDP PQ PQ PQ", answers=[1] * 6)), (1, {"questions": ["IF", "IDP", "PQ", "PQ", "PQ"]})])
+def test_bad_questions_are_asked_again(server, tmp_path, source, bad):
     good = five("IF IDP PQ PQ PQ" if source else "IF IF PQ PQ PQ")
-    endpoint.answer = in_turn(says(bad), says(good), says({"choices": [5] * 5}))
+    server.answer = in_turn(says(bad), says(good), says({"choices": [5] * 5}))
     data = results_file(tmp_path, [("a", "x", source, 2)])
-    assert call("judge", endpoint, "--data", data, "--out", tmp_path / "o.jsonl", "--protocol", "madi") == 0
-    assert len(endpoint.requests) == 3 and lines(tmp_path / "o.jsonl")[0]["questions"] == good["questions"]
+    assert call("judge", server, data, tmp_path / "o.jsonl", "--protocol", "madi") == 0
+    assert len(server.requests) == 3 and lines(tmp_path / "o.jsonl")[0]["questions"] == good["questions"]
 
 
-@pytest.mark.parametrize("bad", [[5] * 4, [5] * 6, [5, 5, 5, 5, 6], [-2, 5, 5, 5, 5], [5, 5, 5, 5, 4.0], [True] * 5, "55555"])
-def test_bad_choices_are_asked_again(endpoint, tmp_path, bad):
-    endpoint.answer = in_turn(says(five("IF IDP PQ PQ PQ")), says({"choices": bad}), says({"choices": [0, 5, 5, 5, 5]}))
+@pytest.mark.parametrize("bad", [
+    [5] * 4, [5] * 6, [5, 5, 5, 5, 6], [-2, 5, 5, 5, 5], [5, 5, 5, 5, 4.0], [True] * 5, "55555"])
+def test_bad_choices_are_asked_again(server, tmp_path, bad):
+    good = says({"choices": [0, 5, 5, 5, 5]})
+    server.answer = in_turn(says(five("IF IDP PQ PQ PQ")), says({"choices": bad}), good)
     data = results_file(tmp_path, [("a", "x", 1, 2)])
-    assert call("judge", endpoint, "--data", data, "--out", tmp_path / "o.jsonl", "--protocol", "madi") == 0
-    assert len(endpoint.requests) == 3 and lines(tmp_path / "o.jsonl")[0]["IF"] == 1
+    assert call("judge", server, data, tmp_path / "o.jsonl", "--protocol", "madi") == 0
+    assert len(server.requests) == 3 and lines(tmp_path / "o.jsonl")[0]["IF"] == 1
 
 
-def test_questions_that_cannot_be_had_fail_their_rows(endpoint, tmp_path, capsys):
+def test_questions_that_cannot_be_had_fail_their_rows(server, tmp_path, capsys):
     data = results_file(tmp_path, [("a", "x", 1, 2), ("b", "x", 1, 3)])
-    endpoint.answer = in_turn((403, {}, b"no"))
-    assert call("judge", endpoint, "--data", data, "--out", tmp_path / "o.jsonl", "--protocol", "madi") == 1
-    assert len(endpoint.requests) == 1 and capsys.readouterr().out.count(": HTTP 403: no") == 2
+    server.answer = in_turn((403, {}, b"no"))
+    assert call("judge", server, data, tmp_path / "o.jsonl", "--protocol", "madi") == 1
+    assert len(server.requests) == 1 and capsys.readouterr().out.count(": HTTP 403: no") == 2
 
 
-# ------------------------------------------------------------------------------------------- one line for what is wrong
+def test_questions_of_another_model_are_not_used(server, tmp_path):
+    data = results_file(tmp_path, [("a", "x", 1, 2)])
+    old = {"source": "1.png", "instruction": "x", "model": "another", **five("IF IF IF IF IDP")}
+    questions = write_lines(tmp_path / "o.questions.jsonl", [old])
+    server.answer = in_turn(says(five("IF IDP PQ PQ PQ")), says({"choices": [5] * 5}))
+    assert call("judge", server, data, tmp_path / "o.jsonl", "--protocol", "madi") == 0
+    assert len(server.requests) == 2 and [row["model"] for row in lines(questions)] == ["another", "m"]
+
+
+# --------------------------------------------------------------------------------- one line for what is wrong
 
 ROW = {"id": 1, "instruction": "x", "source": "1.png", "output": "2.png"}
 
 
 @pytest.mark.parametrize("row, message", [
-    ("{not", "not JSON"), ([1], "a row is a JSON object"), ({"id": 2}, "the key 'instruction' is missing"),
-    ({**ROW, "id": True}, "id should be text or a number, not true"), ({**ROW, "source": 3}, "source should be a path or null"),
-    ({**ROW, "output": ""}, "output should be a path"), ({**ROW, "source": None}, "source is null"), (ROW, "the same id and output as line 1"),
-    ({**ROW, "PQ": 3}, "the key 'PQ' is one of those that judging adds")])
-def test_bad_rows_are_named_by_line(endpoint, tmp_path, row, message):
+    ("{not", "not JSON"),
+    ([1], "a row is a JSON object"),
+    ({"id": 2}, "the key 'instruction' is missing"),
+    ({**ROW, "id": True}, "id should be text or a number, not true"),
+    ({**ROW, "source": 3}, "source should be a path or null"),
+    ({**ROW, "output": ""}, "output should be a path"),
+    ({**ROW, "source": None}, "source is null"),
+    (ROW, "the same id and output as line 1"),
+    ({**ROW, "PQ": 3}, "judging adds PQ itself; rename the key")])
+def test_bad_rows_are_named_by_line(server, tmp_path, row, message):
     data = tmp_path / "results.jsonl"
     data.write_text(json.dumps(ROW) + "\n\n" + (row if isinstance(row, str) else json.dumps(row)) + "\n")
     with pytest.raises(InputError, match=message) as error:
-        call("judge", endpoint, "--data", data, "--out", tmp_path / "o.jsonl", "--protocol", "complex-edit")
-    assert f"{data}:3:" in str(error.value) and "\n" not in str(error.value) and not endpoint.requests
+        call("judge", server, data, tmp_path / "o.jsonl", "--protocol", "complex-edit")
+    assert f"{data}:3:" in str(error.value) and "\n" not in str(error.value) and not server.requests
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--api", "ftp://host/v1"], "--api 'ftp://host/v1': an address"), (["--api", "host"], "an address"), (["--api", "http://h:x/"], "an address"),
-    (["--api", "http://me:secret@h/"], r"--api 'http://...@h/'"), (["--api", "http://h/a b"], "an address"), (["--api", "http:///v1"], "an address"),
-    (["--concurrency", "0"], "--concurrency 0"), (["--tries", "-1"], "--tries -1"), (["--timeout", "0"], "--timeout 0"),
-    (["--timeout", "nan"], "--timeout nan"), (["--data", "none.jsonl"], "--data none.jsonl: cannot be read"), (["--data", "."], "cannot be read"),
-    (["--out", "/proc/x/o.jsonl"], "cannot write there"), (["--out", "/dev/null/o.jsonl"], "cannot write there"), (["--out", "out"], "ends in .jsonl")])
-def test_bad_flags(endpoint, tmp_path, flags, message):
+@pytest.mark.parametrize("flag, value, message", [
+    ("--api", "ftp://host/v1", "--api: 'ftp://host/v1': an address"),
+    ("--api", "host", "an address"),
+    ("--api", "http://h:x/", "an address"),
+    ("--api", "http://me:secret@h/", "--api: 'http://...@h/'"),
+    ("--api", "http://h/a b", "an address"),
+    ("--api", "http://h/v1?a=b", "an address"),
+    ("--api", "http:///v1", "an address"),
+    ("--concurrency", "0", "--concurrency: 0 is not"),
+    ("--tries", "-1", "--tries: -1 is not"),
+    ("--timeout", "0", "--timeout: 0 is not"),
+    ("--timeout", "nan", "--timeout: nan is not"),
+    ("--data", "none.jsonl", "none.jsonl: there is no such file"),
+    ("--data", ".", ".: Is a directory"),
+    ("--out", "/proc/x/o.jsonl", "cannot write there"),
+    ("--out", "/dev/null/o.jsonl", "cannot write there"),
+    ("--out", "out", "ends in .jsonl"),
+    ("--out", "SAME", "another file than --data")])
+def test_bad_flags(server, tmp_path, flag, value, message):
     data = training_file(tmp_path)
-    with pytest.raises(InputError, match=message) as error:
-        call("plan", endpoint, "--data", data, "--out", tmp_path / "o.jsonl", *flags)
-    assert "\n" not in str(error.value) and not endpoint.requests
-    with pytest.raises(InputError, match="another file than --data"):
-        call("plan", endpoint, "--data", data, "--out", data)
+    try:
+        said = call("plan", server, data, tmp_path / "o.jsonl", flag, data if value == "SAME" else value)
+    except InputError as error:
+        said = str(error)
+    assert message in said and "\n" not in said and "secret" not in said and not server.requests
 
 
-def test_another_run_is_not_continued(endpoint, tmp_path):
-    data, out = results_file(tmp_path, [("a", "x", 1, 2)]), tmp_path / "o.jsonl"
-    endpoint.answer = in_turn(says(GOOD), says({"perceptual_quality": 3}))
-    flags = ["--data", data, "--out", out, "--protocol"]
-    assert call("judge", endpoint, *flags, "complex-edit") == 0
+@pytest.mark.parametrize("url", ["http://localhost:8000/v1", "https://host.org/a@b/v1/", "http://[::1]:80"])
+def test_good_addresses(url):
+    assert endpoint.address(url) == url
+
+
+def test_another_run_is_not_continued(server, tmp_path):
+    data = results_file(tmp_path, [("a", "x", 1, 2)])
+    out = tmp_path / "o.jsonl"
+    server.answer = in_turn(says(GOOD), says({"perceptual_quality": 3}))
+    assert call("judge", server, data, out, "--protocol", "complex-edit") == 0
     before = out.read_text()
     for other in (["madi"], ["complex-edit", "--samples", 2], ["complex-edit", "--model", "n"]):
         with pytest.raises(InputError, match="o.jsonl:1: of another input row, model"):
-            call("judge", endpoint, *flags, *other)
+            call("judge", server, data, out, "--protocol", *other)
     results_file(tmp_path, [("a", "y", 1, 2)])
     with pytest.raises(InputError, match="o.jsonl:1: of another input row"):
-        call("judge", endpoint, *flags, "complex-edit")
-    out.write_text("nonsense\n" + before)
-    with pytest.raises(InputError, match="o.jsonl:1: not a record"):
-        call("judge", endpoint, *flags, "complex-edit")
+        call("judge", server, data, out, "--protocol", "complex-edit")
+    for nonsense, message in (("nonsense", "not JSON"), ("[1]", "not a JSON object")):
+        out.write_text(nonsense + "\n" + before)
+        with pytest.raises(InputError, match=f"o.jsonl:1: {message}"):
+            call("judge", server, data, out, "--protocol", "complex-edit")
+        assert out.read_text() == nonsense + "\n" + before
     with pytest.raises(InputError, match="--samples 2: madi asks"):
-        call("judge", endpoint, *flags, "madi", "--samples", 2)
-    assert out.read_text() == "nonsense\n" + before and len(endpoint.requests) == 2
+        call("judge", server, data, out, "--protocol", "madi", "--samples", 2)
+    assert len(server.requests) == 2
 
 
 def test_the_script_prints_one_line(tmp_path):
-    done = run("tools/mllm.py", "plan", "--data", "none.jsonl", "--out", tmp_path / "o.jsonl", "--api", "http://h", "--model", "m", check=1)
-    assert done.stderr == "mllm.py: --data none.jsonl: cannot be read (No such file or directory); a JSONL file is needed\n"
+    done = helpers.run("-m", "tools.mllm", "judge", "--data", "none.jsonl", "--out", tmp_path / "o.jsonl",
+                       "--api", "http://h", "--model", "m", "--protocol", "madi", check=1)
+    assert done.stderr == "mllm.py: none.jsonl: there is no such file\n"

@@ -5,8 +5,11 @@ import torch
 from helpers import TINY, layout, tiny_model
 from torch.distributed.utils import _to_kwargs
 
-import model as model_module
-from model import (PADDING, Condition, Config, Transformer, attention, attention_plans, attention_rule, flops, patchify)
+from common import attention as fast
+from common.attention import Rows, Run, attention, attention_runs, queries
+from common.devices import compile_blocks
+from model import PADDING, Condition, Config, Transformer, attention_rule, patchify
+from scale.cost import flops
 
 
 def condition(layouts, h=8, w=8, seed=0):
@@ -39,23 +42,45 @@ def test_attention_rule():
     assert allowed.equal(expected)
 
 
-@pytest.mark.parametrize("rows, runs", [(["tt1111t2222t"], 5), (["tt1111t2222t", "....tttt111t"], 5), (["..1t", "tttt"], 2)])
-def test_runs_without_masks_equal_the_dense_rule_forward_and_backward(rows, runs, monkeypatch):
-    kind = layout(*rows)
-    B, L = kind.shape
-    q, k, v, g = torch.randn(4, B, 2, L, 8).unbind(0)
+def test_the_time_token_is_text_and_the_target_one_more_image():
+    """The sequence that forward attends over: the time token sees all but the target, the target sees everything."""
+    kind = whole_sequence(condition(["tt1111t", "t"]), 4)
+    allowed = attention_rule(kind)
+    real = kind != PADDING
+    assert allowed[:, 8:].equal(real[:, None].expand(-1, 4, -1))
+    assert allowed[:, 7, :8].equal(real[:, :8]) and not allowed[:, 7, 8:].any()
+
+
+def whole_sequence(c, N):
+    """The kind (B, S) of condition, time and target that a Transformer hands to attention_runs."""
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("model.attention_runs", lambda kind, *rest: seen.append(kind))
+        tiny_model().runs(c, N, "cpu")
+    return seen[0]
+
+
+@pytest.mark.parametrize("rows, runs", [(["tt1111t2222t"], 7), (["tt1111t2222t", "....tttt111t"], 7), (["..1t", "tttt"], 4)])
+@pytest.mark.parametrize("long", [0, 1000])               # attention row by row, or with a dense mask where rows differ
+def test_runs_equal_the_dense_rule_forward_and_backward(rows, runs, long, monkeypatch):
+    monkeypatch.setattr(fast, "LONG", long)
+    kind = whole_sequence(condition(rows), 4)
+    B, S = kind.shape
+    L = S - 5
+    q, k, v, g = torch.randn(4, B, 2, S, 8).unbind(0)
     g = g * (kind != PADDING)[:, None, :, None]           # what padding looks at does not matter
-    monkeypatch.setattr(model_module, "LONG", 0)
-    plan, dense = attention_plans(kind, 4, "cpu")[0], [(slice(None), 0, [(0, L, L, attention_rule(kind)[:, None])])]
-    assert len(plan[0][2]) == runs
+    sparse = attention_runs(kind, L, "cpu", attention_rule)
+    assert len(sparse[0].runs) == (2 if len(rows) > 1 and long else runs)
     results = []
-    for way in (plan, dense):
+    for way in (sparse, [Rows(slice(None), 0, [Run(0, S, S, attention_rule(kind)[:, None])])]):
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
         y = attention(*leaves, way)
         y.backward(g)
         results.append([y * (g != 0), *(leaf.grad for leaf in leaves)])
     for a, b in zip(*results):
         torch.testing.assert_close(a, b)
+    after = attention(q[:, :, L:], k, v, queries(sparse, L, S))          # as the last layer and denoise do
+    torch.testing.assert_close(after, results[0][0][:, :, L:])
 
 
 @pytest.mark.parametrize("long", [False, True])
@@ -64,7 +89,7 @@ def test_the_fused_kernel_equals_the_written_out_attention(long):
     q, k, v = torch.randn(2, 2, 5, 8), torch.randn(2, 2, keys, 8), torch.randn(2, 2, keys, 8)
     attend = torch.rand(2, 1, 5, keys) < 0.5
     scores = (q @ k.transpose(2, 3) / 8**0.5).masked_fill(~attend, -torch.inf)
-    torch.testing.assert_close(attention(q, k, v, [(slice(None), 0, [(0, 5, keys, attend)])]), scores.softmax(-1) @ v)
+    torch.testing.assert_close(attention(q, k, v, [Rows(slice(None), 0, [Run(0, 5, keys, attend)])]), scores.softmax(-1) @ v)
 
 
 def test_who_sees_whom_in_the_whole_model():
@@ -99,7 +124,7 @@ def test_the_time_token_does_not_see_the_target(rows):
 
 @pytest.mark.parametrize("long", [0, 1000])               # attention row by row, or with a dense mask
 def test_a_ragged_batch_equals_its_rows_one_by_one(long, monkeypatch):
-    monkeypatch.setattr(model_module, "LONG", long)
+    monkeypatch.setattr(fast, "LONG", long)
     model = tiny_model()
     c = condition(["tt1111ttt", "t1111t2222t", "tt"])
     x, t = torch.randn(3, 3, 8, 8), torch.tensor([0.1, 0.5, 0.9])
@@ -124,7 +149,7 @@ def test_padding_content_does_not_matter():
     torch.testing.assert_close(model(x, t, c), model(x, t, other), atol=0, rtol=0)
 
 
-def test_the_content_of_a_hidden_token_does_not_matter():
+def test_the_content_of_a_masked_token_does_not_matter():
     model, c, x, t = tiny_model(), condition(["tt1111"]), torch.randn(1, 3, 8, 8), torch.tensor([0.2])
     masked, token = torch.tensor([[False, True, False, False]]), torch.randn(1, 32)
     other = x.clone()
@@ -132,7 +157,7 @@ def test_the_content_of_a_hidden_token_does_not_matter():
     torch.testing.assert_close(model(x, t, c, masked, token), model(other, t, c, masked, token), atol=0, rtol=0)
     assert not torch.allclose(model(x, t, c), model(other, t, c))
     moved = model(x, t, c, masked, token) - model(x, t, c, masked.roll(1), token)
-    assert moved.abs().max() > 1e-3                        # where it is hidden does: its position stays
+    assert moved.abs().max() > 1e-3                        # which token it is does: its position stays
 
 
 def test_patchify_then_unpatchify_is_the_identity():
@@ -201,9 +226,10 @@ def test_compiled_equals_eager():
         output = model(x, t, condition(["tt1111ttt", "tttt"]))
         output.square().mean().backward()
         cache = model.encode(condition(["tt1111ttt", "tttt"]), 16)
-        return [output.detach(), model.denoise(x, t, cache), model.denoise(2 * x, t, cache), *(p.grad.clone() for p in model.parameters())]
+        gradients = [p.grad.clone() for p in model.parameters()]
+        return [output.detach(), model.denoise(x, t, cache), model.denoise(2 * x, t, cache), *gradients]
     model = tiny_model()
     eager = results(model)
-    model.compile_blocks()
+    compile_blocks(model)
     for a, b in zip(results(model), eager):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)

@@ -10,9 +10,11 @@ from helpers import omnigen_folder, read_safetensors, tiny_model
 from PIL import Image
 
 import magd
-from data import BPE, make_prompt, prepare, to_tensor, tokenize
-from model import (PADDING, VAE, Condition, Config, InputError, Transformer, attention_rule, load_omnigen, load_vae, read_config,
-                   save_omnigen)
+from common.files import InputError
+from data import make_prompt, to_tensor, tokenize
+from model import PADDING, Condition, Config, Transformer, attention_rule
+from pretrained.omnigen import BPE, load_omnigen, prepare, read_config, save_omnigen
+from pretrained.vae import VAE, load_vae
 from sample import generate
 
 FOLDER = Path(__file__).parent / "fixtures/omnigen_tiny"
@@ -222,7 +224,7 @@ def test_pause_tokens_stand_before_the_end():
 
 def test_a_prompt_too_long_is_refused():
     pytest.importorskip("tokenizers")
-    with pytest.raises(InputError, match="tokens; the model takes at most 100"):
+    with pytest.raises(InputError, match="tokens with the images; the model takes at most 100"):
         tokenize(BPE(FOLDER, limit=100), "boat " * 100, [])
 
 
@@ -258,5 +260,5 @@ def test_a_missing_optional_package_is_named_with_the_command_that_installs_it(m
     def absent(name):
         raise ImportError(name)
     monkeypatch.setattr(importlib, "import_module", absent)
-    with pytest.raises(InputError, match="needs the package tokenizers: pip install tokenizers safetensors"):
+    with pytest.raises(InputError, match="needs the optional package tokenizers: pip install tokenizers"):
         BPE(FOLDER)

@@ -2,17 +2,18 @@
 import io
 import json
 import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
 
+import helpers
 import numpy as np
 import pytest
-from helpers import ROOT
 from PIL import Image
 
-from data import open_image, read_rows
-from model import InputError
-
-sys.path.insert(0, str(ROOT / "tools"))
-import prepare  # noqa: E402
+from common.files import InputError
+from common.images import open_image
+from data import read_rows
+from tools import prepare
 
 
 def picture(color, size=(8, 6), kind="png"):
@@ -42,9 +43,10 @@ def put(path, value):
 
 @pytest.fixture(params=["pyarrow", "rows"])
 def parquet(request, monkeypatch):
-    """A function that writes a Parquet file; without pyarrow, an empty one whose rows read_parquet is made to give."""
+    """A function: write a Parquet file; without pyarrow an empty one, and read_parquet gives the rows."""
     if request.param == "pyarrow":
-        pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        pa = pytest.importorskip("pyarrow")
+        pq = pytest.importorskip("pyarrow.parquet")
 
         def write(path, rows):
             put(path, b"")
@@ -78,7 +80,14 @@ def is_color(path, color):
     return np.asarray(open_image(path))[0, 0].tolist() == list(color)
 
 
-RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+def outputs(path):
+    """Where the outputs of the rows of a JSONL file go, for 8 pauses and seed 3."""
+    return [row["save_as"].format(pauses=8, seed=3) for row in lines(path)]
+
+
+RED = (255, 0, 0)
+GREEN = (0, 255, 0)
+BLUE = (0, 0, 255)
 SHARD = "{}-0000{}-of-00002-0a1b2c.parquet"
 
 
@@ -86,14 +95,18 @@ SHARD = "{}-0000{}-of-00002-0a1b2c.parquet"
 
 def magicbrush_folder(root, split="dev"):
     """Two sessions: 7 with two turns, 9 with one."""
-    turns = [{"input": "7-input.png", "mask": "7-mask1.png", "output": "7-output1.png", "instruction": "add a hat"},
-             {"input": "7-output1.png", "mask": "7-mask2.png", "output": "7-output2.png", "instruction": " make it red "},
-             {"input": "9-input.png", "mask": "9-mask1.png", "output": "9-output1.png", "instruction": "remove it"}]
+    turns = [{"input": "7-input.png", "output": "7-output1.png", "instruction": "add a hat"},
+             {"input": "7-output1.png", "output": "7-output2.png", "instruction": " make it red "},
+             {"input": "9-input.png", "output": "9-output1.png", "instruction": "remove it"}]
+    for turn, mask in zip(turns, ("7-mask1.png", "7-mask2.png", "9-mask1.png")):
+        turn["mask"] = mask
     put(root / split / "edit_turns.json", turns)
     put(root / split / "edit_sessions.json", {"7": turns[:2], "9": turns[2:]})
-    put(root / split / "global_descriptions.json", {"7": {"7-input.png": "a man", "7-output1.png": "a man in a hat"}})
+    put(root / split / "global_descriptions.json",
+        {"7": {"7-input.png": "a man", "7-output1.png": "a man in a hat"}})
     put(root / split / "local_descriptions.json", {"7": {"7-output1.png": "a hat"}})
-    for name, color in (("7-input", RED), ("7-output1", GREEN), ("7-output2", BLUE), ("9-input", GREEN), ("9-output1", RED)):
+    for name, color in (("7-input", RED), ("7-output1", GREEN), ("7-output2", BLUE),
+                        ("9-input", GREEN), ("9-output1", RED)):
         put(root / split / "images" / name[0] / f"{name}.png", picture(color))
     for name in ("7-mask1", "7-mask2", "9-mask1"):
         put(root / split / "images" / name[0] / f"{name}.png", hole())
@@ -104,32 +117,40 @@ def test_magicbrush_folder(tmp_path, monkeypatch, capsys):
     source = magicbrush_folder(magicbrush_folder(tmp_path / "from"), "test")
     code, out = run(monkeypatch, capsys, "magicbrush", source, tmp_path / "deep" / "to")
     path = tmp_path / "deep" / "to" / "magicbrush-dev.jsonl"
-    assert code == 0 and out == [f"{path}: 3 rows, 3 with a mask",
-                                 f"{path.with_name('magicbrush-test.jsonl')}: 3 rows, 3 with a mask", "0 rows skipped"]
+    test = path.with_name("magicbrush-test.jsonl")
+    assert code == 0
+    assert out == [f"{path}: 3 rows, 3 with a mask", f"{test}: 3 rows, 3 with a mask", "0 rows skipped"]
     rows = [row for _, row in read_rows(path)]
     assert [(r["id"], r["turn"], r["turns"], r["split"], r["instruction"]) for r in rows] == [
-        ("7-1", 1, 2, "dev", "add a hat"), ("7-2", 2, 2, "dev", "make it red"), ("9-1", 1, 1, "dev", "remove it")]
-    assert [(is_color(r["input_images"][0], a), is_color(r["output_image"], b)) for r, (a, b) in
-            zip(rows, [(RED, GREEN), (GREEN, BLUE), (GREEN, RED)])] == [(True, True)] * 3
-    assert (rows[0]["source_caption"], rows[0]["target_caption"], rows[0]["local_caption"]) == ("a man", "a man in a hat", "a hat")
-    assert rows[1]["source_caption"] == "a man in a hat" and not {"target_caption", "local_caption"} & set(rows[1])
+        ("7-1", 1, 2, "dev", "add a hat"), ("7-2", 2, 2, "dev", "make it red"),
+        ("9-1", 1, 1, "dev", "remove it")]
+    for row, source_color, target_color in zip(rows, (RED, GREEN, GREEN), (GREEN, BLUE, RED)):
+        assert is_color(row["input_images"][0], source_color) and is_color(row["output_image"], target_color)
+    assert [rows[0][key] for key in ("source_caption", "target_caption", "local_caption")] == [
+        "a man", "a man in a hat", "a hat"]
+    assert rows[1]["source_caption"] == "a man in a hat"
+    assert not {"target_caption", "local_caption"} & set(rows[1])
     assert lines(path)[0]["input_images"] == ["../../from/dev/images/7/7-input.png"]       # not copied
     assert all(p.name.endswith("-mask.png") for p in (path.parent / "images").rglob("*.*"))
+    assert outputs(path) == [
+        "pauses8_seed3/7/7_1.png", "pauses8_seed3/7/7_inde_2.png", "pauses8_seed3/9/9_1.png"]
 
 
-def test_images_are_found_through_linked_folders(tmp_path):
+@pytest.mark.parametrize("out", ["to", "real/to"])                     # a link itself, and not
+def test_images_are_found_through_linked_folders(tmp_path, out):
     magicbrush_folder(tmp_path / "a/from")
     (tmp_path / "a/b").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "a/b")
     (tmp_path / "to").symlink_to(tmp_path / "a/b")
-    prepare.prepare("magicbrush", tmp_path / "link/../from", tmp_path / "to")
-    _, row = read_rows(tmp_path / "to/magicbrush-dev.jsonl")[0]
+    prepare.prepare("magicbrush", tmp_path / "link/../from", tmp_path / out)
+    _, row = read_rows(tmp_path / out / "magicbrush-dev.jsonl")[0]
     assert is_color(row["input_images"][0], RED)
 
 
 @pytest.mark.parametrize("size", [(8, 6), (16, 12)])
 def test_a_transparent_mask_becomes_black_and_white_at_the_size_of_the_source(tmp_path, size):
-    source, scale = magicbrush_folder(tmp_path / "from"), size[0] // 8
+    source = magicbrush_folder(tmp_path / "from")
+    scale = size[0] // 8
     put(source / "dev/images/7/7-mask1.png", hole(size, tuple(scale * k for k in (2, 1, 5, 4))))
     prepare.prepare("magicbrush", source, tmp_path / "to")
     _, row = read_rows(tmp_path / "to/magicbrush-dev.jsonl")[0]
@@ -138,12 +159,13 @@ def test_a_transparent_mask_becomes_black_and_white_at_the_size_of_the_source(tm
     assert (np.asarray(open_image(row["mask"])) == expected[:, :, None]).all()
 
 
-def test_a_mask_without_transparency_marks_white_and_one_that_marks_nothing_is_left_out(tmp_path, monkeypatch, capsys):
-    source, painted = magicbrush_folder(tmp_path / "from"), Image.new("RGB", (8, 6), (255, 128, 0))
+def test_an_opaque_mask_marks_white_and_one_that_marks_nothing_is_left_out(tmp_path, monkeypatch, capsys):
+    source = magicbrush_folder(tmp_path / "from")
+    painted = Image.new("RGB", (8, 6), (255, 128, 0))
     painted.paste("white", (0, 0, 4, 6))
     painted.save(source / "dev/images/7/7-mask1.png")
     put(source / "dev/images/9/9-mask1.png", picture(RED))
-    _, out = run(monkeypatch, capsys, "magicbrush", source / "dev", tmp_path)             # the folder of one split is FROM
+    _, out = run(monkeypatch, capsys, "magicbrush", source / "dev", tmp_path)             # FROM is one split
     rows = [row for _, row in read_rows(tmp_path / "magicbrush-dev.jsonl")]
     assert out[0].endswith("3 rows, 2 with a mask") and "mask" not in rows[2]
     assert (np.asarray(open_image(rows[0]["mask"]))[:, :, 0] == [255] * 4 + [0] * 4).all()
@@ -155,23 +177,27 @@ def test_magicbrush_without_caption_files_and_with_missing_pieces(tmp_path, monk
         (source / "dev" / name).unlink()
     turns = json.loads((source / "dev/edit_turns.json").read_text())
     del turns[2]["mask"]
-    put(source / "dev/edit_turns.json", turns + [{**turns[0], "output": "7.png"}, "text", turns[0], {**turns[0], "instruction": 3}])
+    put(source / "dev/edit_turns.json",
+        turns + [{**turns[0], "output": "7.png"}, "text", turns[0], {**turns[0], "instruction": 3}])
     code, out = run(monkeypatch, capsys, "magicbrush", source, tmp_path)
     file = source / "dev/edit_turns.json"
     assert code == 0 and out[1:] == [
         "6 rows skipped", f"{file} row 1: {source}/dev/images/7/7-output2.png: there is no such image",
         f"{file} row 2: the key 'mask' is missing or empty; there are input, instruction, output",
         f"{file} row 3: expected an output named ID-outputK.png, this is '7.png'",
-        f"{file} row 4: expected an object with 'instruction', this is str", f"{file} row 5: its id 7-1 was there before",
+        f"{file} row 4: expected an object with 'instruction', this is str",
+        f"{file} row 5: its id 7-1 was there before",
         f"{file} row 6: expected an instruction, this is 3"]
     assert [sorted(row) for row in lines(tmp_path / "magicbrush-dev.jsonl")] == [
-        ["benchmark", "id", "input_images", "instruction", "mask", "output_image", "split", "turn", "turns"]]
+        ["benchmark", "id", "input_images", "instruction", "mask", "output_image", "save_as", "split", "turn",
+         "turns"]]
 
 
 def magicbrush_rows():
-    return [{"img_id": "7", "turn_index": k, "source_img": {"bytes": picture(RED), "path": "s.png"}, "instruction": f"edit {k}",
-             "mask_img": {"bytes": hole(), "path": None}, "target_img": {"bytes": picture(GREEN, kind="jpeg"), "path": None}}
-            for k in (1, 2)]
+    return [{"img_id": "7", "turn_index": k, "instruction": f"edit {k}",
+             "source_img": {"bytes": picture(RED), "path": "s.png"},
+             "mask_img": {"bytes": hole(), "path": None},
+             "target_img": {"bytes": picture(GREEN, kind="jpeg"), "path": None}} for k in (1, 2)]
 
 
 def test_magicbrush_parquet_in_several_shards(tmp_path, parquet):
@@ -180,7 +206,8 @@ def test_magicbrush_parquet_in_several_shards(tmp_path, parquet):
     parquet(tmp_path / "data" / SHARD.format("train", 1), [second])
     parquet(tmp_path / "data" / SHARD.format("dev", 0), [first])
     counts, skipped = prepare.prepare("magicbrush", tmp_path, tmp_path / "to")
-    train, dev = tmp_path / "to/magicbrush-train.jsonl", tmp_path / "to/magicbrush-dev.jsonl"
+    train = tmp_path / "to/magicbrush-train.jsonl"
+    dev = tmp_path / "to/magicbrush-dev.jsonl"
     assert counts == {dev: (1, 1), train: (2, 2)} and skipped == []
     rows = [row for _, row in read_rows(train)]
     assert [(r["id"], r["turn"], r["instruction"], r["split"]) for r in rows] == [
@@ -188,7 +215,8 @@ def test_magicbrush_parquet_in_several_shards(tmp_path, parquet):
     assert is_color(rows[1]["input_images"][0], RED) and rows[1]["output_image"].endswith(".jpg")
     assert np.asarray(open_image(rows[1]["mask"]))[:, :, 0].sum() == 9 * 255
     images = [str(p) for row in rows for p in (row["input_images"][0], row["output_image"], row["mask"])]
-    assert len(set(images)) == 6                                                          # no image stands for another
+    assert len(set(images)) == 6                                       # each image has its own file
+    assert outputs(train) == ["pauses8_seed3/7/7_1.png", "pauses8_seed3/7/7_inde_2.png"]
 
 
 def test_a_second_run_writes_only_what_is_missing_or_torn(tmp_path, parquet):
@@ -204,7 +232,7 @@ def test_a_second_run_writes_only_what_is_missing_or_torn(tmp_path, parquet):
     prepare.prepare("magicbrush", tmp_path, tmp_path / "to")
     assert {path: path.read_bytes() for path in before} == before
     assert {path: path.stat().st_mtime_ns for path in kept} == times
-    assert not list((tmp_path / "to").glob("*.part"))
+    assert not list((tmp_path / "to").glob("*.tmp"))
 
 
 def test_a_killed_run_leaves_the_old_file_whole(tmp_path, monkeypatch):
@@ -219,37 +247,45 @@ def test_a_killed_run_leaves_the_old_file_whole(tmp_path, monkeypatch):
     monkeypatch.setitem(prepare.SETS, "magicbrush", killed)
     with pytest.raises(KeyboardInterrupt):
         prepare.prepare("magicbrush", source, tmp_path)
-    assert lines(tmp_path / "magicbrush-dev.jsonl") == ["the old file"]
+    assert lines(tmp_path / "magicbrush-dev.jsonl") == ["the old file"] and not list(tmp_path.glob("*.tmp"))
 
 
 # ------------------------------------------------------------------------------------------- UltraEdit
 
 def test_ultraedit_both_splits(tmp_path, parquet):
-    free = {"edit_prompt": "add rain", "source_image": {"bytes": picture(RED)}, "edited_image": {"bytes": picture(BLUE)},
-            "source_caption": "a street", "target_caption": "a wet street", "idx": 5, "clip_sim_dir": 0.3}
-    parquet(tmp_path / SHARD.format("FreeForm", 0), [free, {**free, "source_image": {"bytes": b"no image"}}, {**free, "idx": 5}])
+    free = {"edit_prompt": "add rain", "source_caption": "a street", "target_caption": "a wet street",
+            "source_image": {"bytes": picture(RED)}, "edited_image": {"bytes": picture(BLUE)}, "idx": 5,
+            "clip_sim_dir": 0.3}
+    broken = {**free, "source_image": {"bytes": b"no image"}}
+    parquet(tmp_path / SHARD.format("FreeForm", 0), [free, broken, free])
     region = {**free, "mask_image": {"bytes": picture((255,) * 3)}, "source_caption": None}
     parquet(tmp_path / SHARD.format("RegionBase", 0), [region])
     counts, skipped = prepare.prepare("ultraedit", tmp_path, tmp_path / "to")
-    assert len(skipped) == 1 and "FreeForm-00000-of-00002-0a1b2c.parquet row 1: not an image that can be read" in skipped[0]
+    reason, = skipped
+    assert "FreeForm-00000-of-00002-0a1b2c.parquet row 1: not an image that can be read" in reason
     one, two = (row for _, row in read_rows(tmp_path / "to/ultraedit-FreeForm.jsonl"))
     assert one["instruction"] == "add rain" and one["target_caption"] == "a wet street" and "mask" not in one
-    assert one["idx"] == two["idx"] == 5 and one["id"] != two["id"]                       # idx need not be unique
+    assert one["idx"] == two["idx"] == 5 and one["id"] != two["id"]    # idx need not be unique
     assert is_color(one["input_images"][0], RED) and is_color(one["output_image"], BLUE)
     (_, region), = read_rows(tmp_path / "to/ultraedit-RegionBase.jsonl")
-    assert is_color(region["mask"], (255,) * 3) and "source_caption" not in region and region["target_caption"] == "a wet street"
+    assert is_color(region["mask"], (255,) * 3)
+    assert "source_caption" not in region and region["target_caption"] == "a wet street"
+    assert not {"save_as", "save_also"} & set(region)                                     # not a benchmark
     assert list(counts.values()) == [(2, 0), (1, 1)]
 
 
 def test_plain_bytes_and_image_paths_in_parquet(tmp_path, parquet):
     put(tmp_path / "FreeForm/a.png", picture(GREEN))
-    parquet(tmp_path / "FreeForm/0000.parquet", [{"edit_prompt": "x", "source_image": picture(RED), "edited_image": "a.png"}])
-    parquet(tmp_path / "FreeForm/0001.parquet", [{"edit_prompt": "y", "source_image": {"bytes": None, "path": "a.png"},
-                                                  "edited_image": {"bytes": picture(BLUE), "path": "a.png"}}])
+    parquet(tmp_path / "FreeForm/0000.parquet",
+            [{"edit_prompt": "x", "source_image": picture(RED), "edited_image": "a.png"}])
+    parquet(tmp_path / "FreeForm/0001.parquet",
+            [{"edit_prompt": "y", "source_image": {"bytes": None, "path": "a.png"},
+              "edited_image": {"bytes": picture(BLUE), "path": "a.png"}}])
     prepare.prepare("ultraedit", tmp_path, tmp_path / "to")
     one, two = lines(tmp_path / "to/ultraedit-FreeForm.jsonl")
-    assert one["output_image"] == "../FreeForm/a.png" and is_color(tmp_path / "to" / one["input_images"][0], RED)
-    assert two["input_images"] == ["../FreeForm/a.png"] and is_color(tmp_path / "to" / two["output_image"], BLUE)
+    assert one["output_image"] == "../FreeForm/a.png" and two["input_images"] == ["../FreeForm/a.png"]
+    assert is_color(tmp_path / "to" / one["input_images"][0], RED)
+    assert is_color(tmp_path / "to" / two["output_image"], BLUE)
 
 
 # ------------------------------------------------------------------------------------------- AURORA
@@ -260,25 +296,32 @@ def test_aurora(tmp_path, monkeypatch, capsys):
               "output": "data/kubric/images/rotate/0001/image1.jpg"}
     brush = {"instruction": "add a dog", "input": "data/magicbrush/images/0-input.png", "mask": "0-mask.png",
              "output": "data/magicbrush/images/0-output.png", "img_id": "327726"}
-    ag = {"instruction": "sit down", "input": "data/ag/images/a_left.png", "output": "data/ag/images/a_right.png"}
-    put(source / "data/kubric/train.json", [kubric, {**kubric, "output": "data/kubric/images/rotate/0002/image1.jpg"},
-                                            {**kubric, "instruction": []}])
+    ag = {"instruction": "sit down", "input": "data/ag/images/a_left.png",
+          "output": "data/ag/images/a_right.png"}
+    put(source / "data/kubric/train.json",
+        [kubric, {**kubric, "output": "data/kubric/images/rotate/0002/image1.jpg"},
+         {**kubric, "instruction": []}])
     put(source / "data/magicbrush/train.json", [brush, {**brush, "mask": "1-mask.png"}])
-    put(source / "data/ag/train.json", [ag, {**ag, "instruction": "{}"}, {k: ag[k] for k in ("instruction", "input")}])
+    put(source / "data/ag/train.json",
+        [ag, {**ag, "instruction": "{}"}, {k: ag[k] for k in ("instruction", "input")}])
     for row in (kubric, brush, ag):
         put(source / row["input"], picture(RED))
         put(source / row["output"], picture(GREEN))
     put(source / "data/magicbrush/images/0-mask.png", hole())
     code, out = run(monkeypatch, capsys, "aurora", source, tmp_path / "to")
     assert code == 0 and out == [
-        f"{tmp_path}/to/aurora-ag.jsonl: 1 rows, 0 with a mask", f"{tmp_path}/to/aurora-kubric.jsonl: 1 rows, 0 with a mask",
+        f"{tmp_path}/to/aurora-ag.jsonl: 1 rows, 0 with a mask",
+        f"{tmp_path}/to/aurora-kubric.jsonl: 1 rows, 0 with a mask",
         f"{tmp_path}/to/aurora-magicbrush.jsonl: 2 rows, 1 with a mask", "4 rows skipped",
         f"{source}/data/ag/train.json row 1: expected an instruction, this is '{{}}'",
-        f"{source}/data/ag/train.json row 2: the key 'output' is missing or empty; there are input, instruction",
-        f"{source}/data/kubric/train.json row 1: {source}/data/kubric/images/rotate/0002/image1.jpg: there is no such image",
+        f"{source}/data/ag/train.json row 2: the key 'output' is missing or empty; "
+        "there are input, instruction",
+        f"{source}/data/kubric/train.json row 1: {source}/data/kubric/images/rotate/0002/image1.jpg: "
+        "there is no such image",
         f"{source}/data/kubric/train.json row 2: expected an instruction, this is []"]
     (_, row), = read_rows(tmp_path / "to/aurora-kubric.jsonl")
-    assert (row["instruction"], row["task"], row["split"]) == ("turn it", "rotate", "kubric")   # of a list, the first
+    # of a list of instructions, the first
+    assert (row["instruction"], row["task"], row["split"]) == ("turn it", "rotate", "kubric")
     assert is_color(row["input_images"][0], RED) and is_color(row["output_image"], GREEN)
     (_, row), (_, plain) = read_rows(tmp_path / "to/aurora-magicbrush.jsonl")
     assert np.asarray(open_image(row["mask"]))[:, :, 0].sum() == 9 * 255 and "mask" not in plain
@@ -288,8 +331,8 @@ def test_aurora(tmp_path, monkeypatch, capsys):
 # ------------------------------------------------------------------------------------------- Emu-Edit
 
 def emu_row(split, task="add", idx=3, **more):
-    return {"instruction": f"{task} a cat", "image": {"bytes": picture(RED)}, "task": task, "split": split, "idx": idx, "hash": "h",
-            "input_caption": "a room", "output_caption": "a cat in a room", **more}
+    return {"instruction": f"{task} a cat", "image": {"bytes": picture(RED)}, "task": task, "split": split,
+            "idx": idx, "hash": "h", "input_caption": "a room", "output_caption": "a cat in a room", **more}
 
 
 def test_emu_edit(tmp_path, parquet):
@@ -299,7 +342,7 @@ def test_emu_edit(tmp_path, parquet):
     one, two = rows = lines(tmp_path / "to/emu-edit-test.jsonl")
     assert [(r["id"], r["idx"], r["task"], r["split"]) for r in rows] == [
         ("add-3", 3, "add", "test"), ("remove-3", 3, "remove", "test")]
-    assert one["output_image"] is None and "edited_image" not in one                      # an evaluation set: there is no target
+    assert one["output_image"] is None and "edited_image" not in one   # an evaluation set: there is no target
     assert (one["source_caption"], one["target_caption"]) == ("a room", "a cat in a room")
     assert is_color(tmp_path / "to" / one["input_images"][0], RED)
     assert lines(tmp_path / "to/emu-edit-validation.jsonl")[0]["split"] == "validation"
@@ -314,14 +357,16 @@ def test_the_splits_of_emu_edits_generations_are_swapped(tmp_path, parquet):
     assert not (tmp_path / "to/emu-edit-validation.jsonl").exists()
     row, = lines(tmp_path / "to/emu-edit-test.jsonl")
     assert (row["task"], row["split"], row["output_image"]) == ("style", "test", None)
-    assert is_color(tmp_path / "to" / row["edited_image"], BLUE) and is_color(tmp_path / "to" / row["input_images"][0], RED)
+    assert is_color(tmp_path / "to" / row["edited_image"], BLUE)
+    assert is_color(tmp_path / "to" / row["input_images"][0], RED)
 
 
 # ------------------------------------------------------------------------------------------- Complex-Edit
 
 def complex_row(k, **more):
     return {"edit": {"sequence": [{"name": f"op {c}", "instruction": f"step {c}"} for c in range(8)],
-                     "compound": [{"reasoning": "r", "compound_instruction": f"image {k} level {c}"} for c in range(1, 9)]}, **more}
+                     "compound": [{"reasoning": "r", "compound_instruction": f"image {k} level {c}"}
+                                  for c in range(1, 9)]}, **more}
 
 
 def test_complex_edit_parquet(tmp_path, parquet):
@@ -336,24 +381,31 @@ def test_complex_edit_parquet(tmp_path, parquet):
     assert rows[1]["operations"] == ["op 0", "op 1"] and all(r["output_image"] is None for r in rows)
     assert is_color(tmp_path / "to" / rows[15]["input_images"][0], (2, 0, 0))
     assert rows[15]["input_images"] == rows[8]["input_images"]
-    assert len(skipped) == 1 and skipped[0].endswith("row 1: edit.compound has 3 instructions, 8 are needed: see --complexity")
+    reason, = skipped
+    assert reason.endswith("row 1: edit.compound has 3 instructions, 8 are needed: see --complexity")
+    assert outputs(tmp_path / "to/complex-edit-test_real.jsonl")[7:9] == [
+        "pauses8_seed3/complexity_8/00000.png", "pauses8_seed3/complexity_1/00002.png"]
 
 
 def test_complex_edit_jsonl_and_complexity(tmp_path, monkeypatch, capsys):
     put(tmp_path / "a.png", picture(BLUE))
-    lists = {"sequence": {"name": ["op 0", "op 1"]}, "compound": {"compound_instruction": ["one", "two"]}}  # as an object of lists
-    put(tmp_path / "test_syn.jsonl", [complex_row(0, image="a.png"), {"image": "a.png", "edit": lists}, {"image": "a.png"}])
+    lists = {"sequence": {"name": ["op 0", "op 1"]}, "compound": {"compound_instruction": ["one", "two"]}}
+    put(tmp_path / "test_syn.jsonl",
+        [complex_row(0, image="a.png"), {"image": "a.png", "edit": lists}, {"image": "a.png"}])
     code, out = run(monkeypatch, capsys, "complex-edit", tmp_path, tmp_path / "to", "--complexity", 2)
     rows = lines(tmp_path / "to/complex-edit-test_syn.jsonl")
     assert [r["instruction"] for r in rows] == ["image 0 level 1", "image 0 level 2", "one", "two"]
     assert rows[0]["input_images"] == ["../a.png"] and rows[3]["operations"] == ["op 0", "op 1"]
-    assert out[1:] == ["1 rows skipped", f"{tmp_path}/test_syn.jsonl row 2: the key 'edit' is missing or empty; there are image"]
-    for wrong in (["complex-edit", tmp_path, tmp_path, "--complexity", 9], ["geneval", tmp_path, tmp_path, "--complexity", 2]):
+    file = tmp_path / "test_syn.jsonl"
+    assert out[1:] == [
+        "1 rows skipped", f"{file} row 2: the key 'edit' is missing or empty; there are image"]
+    for wrong in (["complex-edit", tmp_path, tmp_path, "--complexity", 9],
+                  ["geneval", tmp_path, tmp_path, "--complexity", 2]):
         code, _ = run(monkeypatch, capsys, *wrong)
         assert code.startswith("prepare.py: ") and "--complexity" in code and "\n" not in code
 
 
-# ------------------------------------------------------------------------------------------- IDEA-Bench, GenEval
+# ---------------------------------------------------------------------------------------- IDEA-Bench, GenEval
 
 def test_idea_bench(tmp_path, monkeypatch, capsys):
     for case in ("logo_0001", "logo_0002", "poster_0001", "icon_0001", "icon_0002"):
@@ -361,15 +413,20 @@ def test_idea_bench(tmp_path, monkeypatch, capsys):
         put(tmp_path / case / "meta.json", {"task_name": case[:-5], "uid": "0042", "other": 1})
         put(tmp_path / case / "eval.json", {})
     put(tmp_path / "logo_0001/instruction.txt", b"design logo_0001 \xe9")                  # not UTF-8
-    for name in ("logo_0001/0002.jpg", "logo_0001/0001.jpg", "logo_0002/0001.png", "icon_0001/0001.jpg", "icon_0002/0001.jpg"):
+    for name in ("logo_0001/0002.jpg", "logo_0001/0001.jpg", "logo_0002/0001.png", "icon_0001/0001.jpg",
+                 "icon_0002/0001.jpg"):
         put(tmp_path / name, picture(RED))
     (tmp_path / "icon_0001/instruction.txt").unlink()
     put(tmp_path / "icon_0002/meta.json", {"task_name": "icon"})
     code, out = run(monkeypatch, capsys, "idea-bench", tmp_path, tmp_path / "to")
     rows = lines(tmp_path / "to/idea-bench.jsonl")
     assert [(r["id"], r["instruction"], r["task_name"], r["uid"], r["output_image"]) for r in rows] == [
-        ("logo_0001", "design logo_0001 \ufffd", "logo", "0042", None), ("logo_0002", "design logo_0002", "logo", "0042", None)]
-    assert rows[0]["input_images"] == ["../logo_0001/0001.jpg", "../logo_0001/0002.jpg"] and "split" not in rows[0]
+        ("logo_0001", "design logo_0001 \ufffd", "logo", "0042", None),
+        ("logo_0002", "design logo_0002", "logo", "0042", None)]
+    assert rows[0]["input_images"] == ["../logo_0001/0001.jpg", "../logo_0001/0002.jpg"]
+    assert "split" not in rows[0]
+    assert outputs(tmp_path / "to/idea-bench.jsonl") == [
+        "pauses8_seed3/logo_0001/0001.jpg", "pauses8_seed3/logo_0002/0001.jpg"]
     assert out[1:] == ["3 rows skipped", f"{tmp_path}/icon_0001: instruction.txt is missing",
                        f"{tmp_path}/icon_0002: the key 'uid' is missing or empty; there are task_name",
                        f"{tmp_path}/poster_0001: no input image 0001.jpg: a text-to-image case; "
@@ -378,15 +435,29 @@ def test_idea_bench(tmp_path, monkeypatch, capsys):
     assert code == f"--split test: {tmp_path} has no splits" and not (tmp_path / "to2").exists()
 
 
+def test_braces_in_the_name_of_a_case_are_kept_in_its_path(tmp_path):
+    put(tmp_path / "{seed}_0001/instruction.txt", "design it")
+    put(tmp_path / "{seed}_0001/meta.json", {"task_name": "logo", "uid": "1"})
+    put(tmp_path / "{seed}_0001/0001.jpg", picture(RED))
+    prepare.prepare("idea-bench", tmp_path, tmp_path / "to")
+    assert outputs(tmp_path / "to/idea-bench.jsonl") == ["pauses8_seed3/{seed}_0001/0001.jpg"]
+
+
 def test_geneval(tmp_path, monkeypatch, capsys):
-    metadata = [{"tag": "counting", "include": [{"class": "cat", "count": 2}], "prompt": "two cats"}, {"tag": "colors"},
-                {"tag": "colors", "include": [{"class": "dog", "count": 1, "color": "red"}], "prompt": "a red dog"}]
+    metadata = [{"tag": "counting", "include": [{"class": "cat", "count": 2}], "prompt": "two {cats}"},
+                {"tag": "colors"},
+                {"tag": "colors", "include": [{"class": "dog", "count": 1}], "prompt": "a red dog"}]
     put(tmp_path / "prompts/evaluation_metadata.jsonl", metadata)
     code, out = run(monkeypatch, capsys, "geneval", tmp_path, tmp_path)
     one, two = lines(tmp_path / "geneval.jsonl")
-    assert one == {"instruction": "two cats", "input_images": [], "output_image": None, "task": "counting", "tag": "counting",
-                   "geneval": metadata[0], "id": "00000", "benchmark": "geneval"}
-    assert two["id"] == "00002" and two["geneval"] == metadata[2]                         # the number of the line, not of the row
+    assert one == {"instruction": "two {cats}", "input_images": [], "output_image": None, "task": "counting",
+                   "tag": "counting", "id": "00000", "benchmark": "geneval",
+                   "save_as": "pauses{pauses}/00000/samples/{seed:04d}.png",
+                   "save_also": {"pauses{pauses}/00000/metadata.jsonl": metadata[0]}}
+    assert two["id"] == "00002"                                        # the skipped line counts
+    assert two["save_also"] == {"pauses{pauses}/00002/metadata.jsonl": metadata[2]}
+    assert outputs(tmp_path / "geneval.jsonl") == [
+        "pauses8/00000/samples/0003.png", "pauses8/00002/samples/0003.png"]
     assert out[1:] == ["1 rows skipped", f"{tmp_path}/prompts/evaluation_metadata.jsonl row 1: "
                        "the key 'prompt' is missing or empty; there are tag"]
 
@@ -394,8 +465,9 @@ def test_geneval(tmp_path, monkeypatch, capsys):
 # ------------------------------------------------------------------------------------------- wrong input
 
 @pytest.mark.parametrize("name, expected", [
-    ("magicbrush", "edit_turns.json or "), ("ultraedit", ".parquet"), ("emu-edit", ".parquet"), ("aurora", "data/*/train.json"),
-    ("complex-edit", ".jsonl"), ("idea-bench", "*_[0-9]"), ("geneval", "prompts/evaluation_metadata.jsonl")])
+    ("magicbrush", "edit_turns.json or "), ("ultraedit", ".parquet"), ("emu-edit", ".parquet"),
+    ("aurora", "data/*/train.json"), ("complex-edit", ".jsonl"), ("idea-bench", "*_[0-9]"),
+    ("geneval", "prompts/evaluation_metadata.jsonl")])
 def test_a_folder_of_another_layout(tmp_path, monkeypatch, capsys, name, expected):
     put(tmp_path / "readme.txt", "text")
     code, _ = run(monkeypatch, capsys, name, tmp_path, tmp_path / "to")
@@ -405,28 +477,33 @@ def test_a_folder_of_another_layout(tmp_path, monkeypatch, capsys, name, expecte
 
 def test_parquet_files_of_another_data_set(tmp_path, parquet):
     parquet(tmp_path / "test.parquet", [emu_row("test")])
-    with pytest.raises(InputError, match="test.parquet: this is not ultraedit .* columns hash, idx, .* missing: edit_prompt, ed"):
+    message = "test.parquet: this is not ultraedit .* columns hash, idx, .* missing: edit_prompt, ed"
+    with pytest.raises(InputError, match=message):
         prepare.prepare("ultraedit", tmp_path, tmp_path / "to")
 
 
 def test_a_torn_shard_is_reported_and_the_others_are_read(tmp_path):
-    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
     pq.write_table(pa.Table.from_pylist([emu_row("test")]), tmp_path / SHARD.format("test", 0))
     put(tmp_path / SHARD.format("test", 1), (tmp_path / SHARD.format("test", 0)).read_bytes()[:-20])
     counts, (skipped,) = prepare.prepare("emu-edit", tmp_path, tmp_path / "to")
     assert list(counts.values()) == [(1, 0)]
-    assert skipped.startswith(f"{tmp_path / SHARD.format('test', 1)} row 0: the file cannot be read from here on")
+    torn = tmp_path / SHARD.format("test", 1)
+    assert skipped.startswith(f"{torn} row 0: the file cannot be read from here on")
 
 
 def test_what_comes_before_the_break_in_a_shard_is_kept(tmp_path, monkeypatch):
-    def broken(path):
-        yield emu_row("test")
+    def batches(batch_size):
+        yield SimpleNamespace(to_pylist=lambda: [emu_row("test")])
         raise OSError("unexpected end of stream")
-    monkeypatch.setattr(prepare, "read_parquet", broken)
+    file = nullcontext(SimpleNamespace(iter_batches=batches))
+    monkeypatch.setattr(prepare, "optional", lambda name: SimpleNamespace(ParquetFile=lambda path: file))
     put(tmp_path / "test.parquet", b"")
     counts, skipped = prepare.prepare("emu-edit", tmp_path, tmp_path / "to")
     assert list(counts.values()) == [(1, 0)] and skipped == [
-        f"{tmp_path}/test.parquet row 1: the file cannot be read from here on: download it again (unexpected end of stream)"]
+        f"{tmp_path}/test.parquet row 1: the file cannot be read from here on: download it again "
+        "(unexpected end of stream)"]
 
 
 def test_without_pyarrow(tmp_path, monkeypatch, capsys):
@@ -434,17 +511,19 @@ def test_without_pyarrow(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     code, _ = run(monkeypatch, capsys, "emu-edit", tmp_path, tmp_path / "to")
-    assert code == f"{tmp_path}/test.parquet: reading Parquet files needs the package pyarrow: pip install pyarrow"
+    assert code == "this needs the optional package pyarrow: pip install pyarrow"
 
 
 def test_nothing_could_be_read(tmp_path, monkeypatch, capsys):
     put(tmp_path / "data/ag/train.json", [{"instruction": "sit", "input": "a.png", "output": "b.png"}])
     code, out = run(monkeypatch, capsys, "aurora", tmp_path, tmp_path / "to")
     assert code == f"{tmp_path}: no row could be read" and not list((tmp_path / "to").iterdir())
-    assert out == ["1 rows skipped", f"{tmp_path}/data/ag/train.json row 0: {tmp_path}/a.png: there is no such image"]
+    assert out == [
+        "1 rows skipped", f"{tmp_path}/data/ag/train.json row 0: {tmp_path}/a.png: there is no such image"]
 
 
-@pytest.mark.parametrize("text, message", [("[", "not JSON"), ("{}", "expected a JSON list, this is a dict")])
+@pytest.mark.parametrize("text, message", [
+    ("[", "not JSON"), ("{}", "a JSON list is expected, this is a dict")])
 def test_a_broken_json_file(tmp_path, monkeypatch, capsys, text, message):
     put(tmp_path / "data/ag/train.json", text)
     code, _ = run(monkeypatch, capsys, "aurora", tmp_path, tmp_path / "to")
@@ -453,21 +532,36 @@ def test_a_broken_json_file(tmp_path, monkeypatch, capsys, text, message):
 
 def test_wrong_arguments(tmp_path, monkeypatch, capsys):
     source = magicbrush_folder(tmp_path / "from")
-    for arguments, message in ((["magicbrush", tmp_path / "none", tmp_path], f"{tmp_path}/none: there is no such folder"),
-                               (["magicbrush", source, tmp_path, "--split", "train"], f"--split train: {source} has dev"),
-                               (["cifar", source, tmp_path], "prepare.py: argument NAME: invalid choice: 'cifar'"),
-                               (["magicbrush", source, source / "dev/edit_turns.json"], f"{source}/dev/edit_turns.json")):
+    file = source / "dev/edit_turns.json"
+    for arguments, message in (
+            (["magicbrush", tmp_path / "none", tmp_path], f"{tmp_path}/none: there is no such folder"),
+            (["magicbrush", source, tmp_path, "--split", "train"], f"--split train: {source} has dev"),
+            (["cifar", source, tmp_path], "prepare.py: argument NAME: invalid choice: 'cifar'"),
+            (["magicbrush", source, file], f"{file}: cannot write there (File exists)")):
         code, _ = run(monkeypatch, capsys, *arguments)
         assert code.startswith(message) and "\n" not in code
 
 
-def test_image_tags_that_do_not_fit_are_refused():
-    with pytest.raises(InputError, match=r"^the instruction names images \[2\]"):
-        prepare.make_row("put it on <|image_2|>", ["a.png"], None)
+def test_an_image_that_cannot_be_written_stops_the_run_and_is_named(tmp_path):
+    source = magicbrush_folder(tmp_path / "from")
+    put(source / "dev/images/7/7-mask1.png", picture(RED))             # marks nothing: the first row is fine
+    put(tmp_path / "images", b"a file where a folder is needed")
+    put(tmp_path / "magicbrush-dev.jsonl", ["the old file"])
+    with pytest.raises(InputError, match="/images/magicbrush/dev: cannot be read or written"):
+        prepare.prepare("magicbrush", source, tmp_path)
+    assert lines(tmp_path / "magicbrush-dev.jsonl") == ["the old file"]
+
+
+def test_image_tags_that_do_not_fit_are_refused(tmp_path):
+    put(tmp_path / "data/ag/a.png", picture(RED))
+    put(tmp_path / "data/ag/train.json",
+        [{"instruction": "put it on <|image_2|>", "input": "data/ag/a.png", "output": "data/ag/a.png"}])
+    _, skipped = prepare.prepare("aurora", tmp_path, tmp_path / "to")
+    assert len(skipped) == 1 and "row 0: the instruction names images [2]" in skipped[0]
 
 
 def test_the_script_runs_by_itself(tmp_path):
-    from helpers import run as script
-    done = script("tools/prepare.py", "geneval", tmp_path, tmp_path / "to", check=1)
-    assert done.stderr.splitlines()[-1].startswith(f"prepare.py: {tmp_path}: this is not geneval as published: expected prompts/")
+    done = helpers.run("-m", "tools.prepare", "geneval", tmp_path, tmp_path / "to", check=1)
+    assert done.stderr.splitlines()[-1].startswith(
+        f"prepare.py: {tmp_path}: this is not geneval as published: expected prompts/")
     assert "Traceback" not in done.stderr

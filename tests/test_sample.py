@@ -9,8 +9,8 @@ from PIL import Image
 
 import data
 import sample
+from common.files import InputError
 from data import Shapes, Words, make_condition, world_words
-from model import InputError
 from sample import euler, generate, noise, select
 
 
@@ -164,9 +164,9 @@ def test_bad_input_is_one_clear_line(checkpoint, picture, tmp_path, capsys, monk
              ({"--image": tmp_path / "text.png"}, "not an image"), ({"--ckpt": tmp_path / "none.pt"}, "no such checkpoint"),
              ({"--ckpt": tmp_path / "omnigen.pt"}, "give --init omnigen:"),
              ({"--ckpt": tmp_path / "broken.pt"}, "not a checkpoint that can be read"), ({"--ckpt": tmp_path / "shape.pt"}, "do not fit"),
-             ({"--ckpt": tmp_path / "other.pt"}, "not a checkpoint of train.py"), ({"--pauses": "many"}, "not a list of whole numbers"),
+             ({"--ckpt": tmp_path / "other.pt"}, "not a checkpoint of train.py"), ({"--pauses": "many"}, "not a list of numbers"),
              ({"--guidance-interval": "0.9,0.1"}, "is not two times from 0"), ({"--guidance-interval": "0.5"}, "is not two times from 0"),
-             ({"--pauses": "-1"}, "from 0 to 4096"), ({"--steps": 0}, "at least 1"), ({"--out": tmp_path / "no/folder/edit.png"}, "folder"),
+             ({"--pauses": "-1"}, "from 0 to 4096"), ({"--steps": 0}, "0 is not in [1, inf]"), ({"--out": tmp_path / "no/folder/edit.png"}, "folder"),
              ({"--prompt": "make the circle a square a red blue"}, "does not know the instruction")]
     for change, message in cases:
         arguments = [str(part) for pair in {**good, **change}.items() for part in pair]
@@ -178,7 +178,7 @@ def test_bad_input_is_one_clear_line(checkpoint, picture, tmp_path, capsys, monk
 
 
 def test_a_whole_file_is_edited_and_an_interrupted_run_continues(checkpoint, tmp_path):
-    run("data.py", "export", "--n", 4, "--out", tmp_path / "pairs", check=0)
+    run("-m", "tools.pairs", "export", "--n", 4, "--out", tmp_path / "pairs", check=0)
     command = ["sample.py", "--ckpt", checkpoint, "--data", tmp_path / "pairs/pairs.jsonl", "--pauses", "0,2", "--steps", 1, "--out", tmp_path / "edits"]
     run(*command, check=0, processes=2)                    # two processes share the rows
     files = [tmp_path / f"edits/results.{rank}.jsonl" for rank in range(2)]
@@ -200,11 +200,10 @@ def test_a_whole_file_is_edited_and_an_interrupted_run_continues(checkpoint, tmp
         call(sample, *command[1:], "--data", other)
 
 
-def test_outputs_lie_where_the_published_scorers_look():
-    where = sample.output_path
-    assert where({"benchmark": "magicbrush", "id": "123-1"}, 5, 0, 0) == "pauses0_seed0/123/123_1.png"
-    assert where({"benchmark": "magicbrush", "id": "123-3"}, 7, 8, 0) == "pauses8_seed0/123/123_inde_3.png"
-    assert where({"benchmark": "geneval", "id": "00552"}, 9, 0, 3) == "pauses0/00552/samples/0003.png"
-    assert where({"benchmark": "idea-bench", "id": "story_0003"}, 9, 0, 1) == "pauses0_seed1/story_0003/0001.jpg"
-    assert where({"benchmark": "complex-edit", "id": "00012-4"}, 12, 0, 0) == "pauses0_seed0/complexity_4/00012.png"
-    assert where({"id": "x"}, 12, 0, 0) == "pauses0_seed0/00012.png"
+def test_a_row_says_where_its_output_goes(tmp_path):
+    def where(row):
+        return str(sample.output_path(tmp_path, row, 12, 8, 3).relative_to(tmp_path))
+    assert where({}) == "pauses8_seed3/00012.png"
+    assert where({"save_as": "pauses{pauses}/a{{b/{seed:04d}.png"}) == "pauses8/a{b/0003.png"
+    with pytest.raises(InputError, match="leads out of the folder"):
+        where({"save_as": "../{seed}.png"})

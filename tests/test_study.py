@@ -2,9 +2,12 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
+import threading
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -12,15 +15,14 @@ import torch
 from helpers import ROOT, SMALL, call, tiny_model
 
 import metrics
-import sample
 import train
-from data import Shapes, Words, world_words
-from model import Config, InputError
-from sample import evaluate
-
-sys.path.insert(0, str(ROOT / "tools"))
-import study  # noqa: E402
-from study import compare, interval  # noqa: E402
+from common.files import InputError
+from data import MicroBatches, Shapes, Words
+from experiments import study, tables
+from experiments.tables import compare, interval
+from metrics import evaluate
+from model import Config
+from toy.world import world_words
 
 FLAGS = ["--data", "simple", *SMALL, "--steps", "1", "--warmup", "0", "--lr", "1e-30", "--muon-lr", "0", "--ema", "0"]
 
@@ -39,7 +41,7 @@ def test_arms_share_data_order_noise_and_times(parsed):
     tokenizer, cfg = Words(dataset.words), Config(patch=4, channels=3)
     arms = [(), ("--p-magd", "0"), ("--p-plan", "0.5"), ("--tau", "0", "--r-mask", "0.5"), ("--corruption", "mask"),
             ("--corruption", "mask-noise", "--mask-token", "zero"), ("--prediction", "x")]
-    batches = [train.MicroBatches(parsed("--preset", "small", *arm), dataset, tokenizer, cfg)[tuple(range(16))] for arm in arms]
+    batches = [MicroBatches(parsed("--preset", "small", *arm), dataset, tokenizer, cfg)[tuple(range(16))] for arm in arms]
     for (batch, draws, _), arm in zip(batches[1:], arms[1:]):
         assert batch.x1.equal(batches[0][0].x1) and all(a.equal(b) for a, b in zip(draws, batches[0][1]))
         assert all(a.equal(b) for a, b in zip(batch.condition.images, batches[0][0].condition.images, strict=True))
@@ -78,13 +80,16 @@ def test_corruptions_that_make_no_sense_are_refused(flags, message, parsed):
 
 
 @pytest.fixture
-def arms(tmp_path):
+def arms(tmp_path, monkeypatch):
+    """Folders ./ARM/SEED/result.json, which study.py keep has put into experiments/results.jsonl too."""
+    monkeypatch.chdir(tmp_path)
     values = {"plain": {0: 0.50, 1: 0.70, 2: 0.60}, "magd": {0: 0.54, 1: 0.75, 2: 0.66}, "late": {0: 0.50, 1: 0.60}, "one": {2: 0.50}}
     for arm, seeds in values.items():
         for seed, value in seeds.items():
             (tmp_path / arm / str(seed)).mkdir(parents=True)
             scores = {"exact": value, "adherence": 2 * value}
             (tmp_path / arm / str(seed) / "result.json").write_text(json.dumps({"iid": {"all": scores}, "novel": {"all": scores}}))
+    call(study, "keep", ".")
     return tmp_path
 
 
@@ -104,7 +109,7 @@ def test_a_model_is_not_judged_on_images_of_another_size(monkeypatch):
 
 def test_plans_can_be_given(monkeypatch):
     asked = []
-    monkeypatch.setattr(sample, "generate", lambda model, words, prompts, images, x0, *_, **__: asked.extend(prompts) or x0)
+    monkeypatch.setattr(metrics, "generate", lambda model, words, prompts, images, x0, *_, **__: asked.extend(prompts) or x0)
     dataset = Shapes("hard", "iid")
     edit = next(s for s in map(dataset.sample, range(9)) if s.images)
     for plans in (False, True):
@@ -121,38 +126,53 @@ def test_intervals_are_of_paired_differences():
     assert math.isnan(interval([1.0])[1])
 
 
-def test_table(arms, monkeypatch, capsys):
-    monkeypatch.chdir(arms)
-    call(study, "table", "plain", "magd", "late", "--columns", "iid/all/exact", "--figure", "figure.png")
+def test_table(arms, capsys):
+    def lines(*flags):
+        capsys.readouterr()
+        call(study, "table", *flags)
+        return capsys.readouterr().out.splitlines()
+    own = lines("plain", "magd", "late", "--columns", "iid/all/exact")
+    assert own[2:5] == ["| plain | 0.600 ± 0.248 |", "| magd | **0.650 (+0.050 ± 0.025)** |", "| late | 0.550 (-0.050 ± 0.635) |"]
+    assert "2 to 3 seeds" in own[6]
+    own = lines("one", "plain", "--columns", "iid/all/exact")              # one seed has no interval
+    assert own[2:4] == ["| one | 0.500 |", "| plain | 0.600 (+0.100) |"]
+    own = lines("plain", "magd:late", "--columns", "iid/all/exact", "iid/all/adherence", "novel/all/exact")
+    assert own[0] == "|  | plain | magd against late |"                    # more columns than rows: turned
+    assert own[2] == "| iid, all, exact | 0.600 ± 0.248 | 0.645 (+0.095 ± 0.699) |"
+    own = lines("plain", "magd", "--within", "--columns", "iid/all/exact", "twice:iid/all/adherence")
+    assert own[0] == "|  | iid, all, exact | twice |" and own[3] == "| magd | 0.650 ± 0.262 | **1.300 (+0.650 ± 0.262)** |"
+    assert own[5] == "*3 seeds; mean ± 95% interval; in brackets the paired difference to iid, all, exact; bold: zero is outside.*"
+
+
+def test_an_arm_is_a_name_in_the_results_or_a_folder_written_with_a_slash(arms, capsys):
+    call(study, "table", "plain", "./magd", arms / "plain")
     lines = capsys.readouterr().out.splitlines()
-    assert lines[2:5] == ["| plain | 0.600 ± 0.248 |", "| magd | **0.650 (+0.050 ± 0.025)** |", "| late | 0.550 (-0.050 ± 0.635) |"]
-    assert "2 to 3 seeds" in lines[6] and Path("figure.png").exists()
-    call(study, "table", "one", "plain", "--columns", "iid/all/exact")   # one seed has no interval
-    assert capsys.readouterr().out.splitlines()[2:4] == ["| one | 0.500 |", "| plain | 0.600 (+0.100) |"]
-    call(study, "table", "plain", "magd:late", "--columns", "iid/all/exact", "iid/all/adherence", "novel/all/exact")
-    lines = capsys.readouterr().out.splitlines()                           # more columns than rows: turned
-    assert lines[0] == "|  | plain | magd against late |"
-    assert lines[2] == "| iid, all, exact | 0.600 ± 0.248 | 0.645 (+0.095 ± 0.699) |"
-    call(study, "table", "plain", "magd", "--within", "--columns", "iid/all/exact", "twice:iid/all/adherence", "--figure", "figure.png")
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "|  | iid, all, exact | twice |" and lines[3] == "| magd | 0.650 ± 0.262 | **1.300 (+0.650 ± 0.262)** |"
-    assert lines[5] == "*3 seeds; mean ± 95% interval; in brackets the paired difference to iid, all, exact; bold: zero is outside.*"
-    with pytest.raises(InputError, match="plain/0/result.json: no 'local' of iid/local/exact; there are all"):
-        call(study, "table", "plain", "--columns", "iid/local/exact")
-    with pytest.raises(InputError, match="no seed in common: 0 in one arm, 7 in the other"):
+    assert lines[-5].startswith("| plain | 0.600 ± 0.248 |") and lines[-4].startswith("| ./magd | **0.650 (+0.050 ± 0.025)**")
+    assert lines[-3].startswith(f"| {arms / 'plain'} | 0.600 (+0.000 ± 0.000)")
+    shutil.rmtree("magd")
+    call(study, "table", "magd")
+    for flags, message in ((["./magd"], "./magd: no SEED/result.json in this folder"),
+                           (["nothing"], "nothing: no result of this arm in experiments/results.jsonl"),
+                           (["plain", "--kind", "toy"], "plain: no toy of this arm"),
+                           (["plain", "--columns", "iid/local/exact"], "plain, result of seed 0: no 'local' of iid/local/exact; there are all"),
+                           (["plain", "--columns", "iid/all"], "iid/all is not a number"),
+                           (["plain", "--columns", "x:iid/all/exact", "x:novel/all/exact"], "two have one label among x")):
+        with pytest.raises(InputError, match=re.escape(message)):
+            call(study, "table", *flags)
+    with pytest.raises(InputError, match="no seed in common: 0 in one arm, 7 in another"):
         compare({"0": 1.0}, {"7": 1.0})
-    with pytest.raises(InputError, match="none/figure.png: there is no folder none"):
-        call(study, "table", "plain", "--figure", "none/figure.png")
-    with pytest.raises(InputError, match="two have one label among x"):
-        call(study, "table", "plain", "--columns", "x:iid/all/exact", "x:novel/all/exact")
-    call(study, "table", "plain", arms / "plain")                        # two folders of one name are two rows
-    assert f"| {arms / 'plain'} |" in capsys.readouterr().out
-    with pytest.raises(InputError, match="nothing: no result.json"):
-        call(study, "table", "nothing")
 
 
-def test_report_makes_the_tables_of_a_file_again(arms, monkeypatch):
-    monkeypatch.chdir(arms)
+def test_a_figure_is_made_of_the_same_bytes_each_time(arms):
+    pytest.importorskip("matplotlib")
+    for name in ("a.png", "b.png"):
+        call(study, "table", "plain", "magd", "one", "--figure", f"figures/{name}")
+    assert Path("figures/a.png").read_bytes() == Path("figures/b.png").read_bytes()
+    with pytest.raises(InputError, match="nothing is compared"):
+        call(study, "table", "plain", "--figure", "c.png")
+
+
+def test_report_makes_the_tables_of_a_file_again(arms):
     text = "words\n\n<!-- table plain magd --columns iid/all/exact -->\n\n0.999 typed by hand\n\n<!-- end -->\nmore\n"
     Path("results.md").write_text(text)
     call(study, "report", "results.md")
@@ -160,45 +180,89 @@ def test_report_makes_the_tables_of_a_file_again(arms, monkeypatch):
     assert "0.650 (+0.050" in once and "by hand" not in once and once.startswith("words\n") and once.endswith("-->\nmore\n")
     call(study, "report", "results.md")
     assert Path("results.md").read_text() == once
+    Path("results.md").write_text("<!-- table plain -->\n")
+    with pytest.raises(InputError, match="results.md: no <!-- end --> after <!-- table plain -->"):
+        call(study, "report", "results.md")
+
+
+def test_a_finished_run_is_kept_once_whoever_keeps_it_at_the_same_time(arms):
+    """A repeated run replaces its line; the key of a line comes from the folder."""
+    for k in range(8):
+        folder = arms / f"out{k}" / f"arm{k}" / "0"
+        folder.mkdir(parents=True)
+        (folder / "toy.json").write_text(json.dumps({"value": k, "seed": 99}))
+    first = Path("experiments/results.jsonl").read_text()
+    threads = [threading.Thread(target=tables.keep, args=[Namespace(folder=f"out{k % 8}", results="experiments/results.jsonl")])
+               for k in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    rows = [json.loads(line) for line in Path("experiments/results.jsonl").read_text().splitlines()]
+    keys = [(row["arm"], row["kind"], row["seed"]) for row in rows]
+    assert keys == sorted(set(keys)) and len(rows) == len(first.splitlines()) + 8
+    assert {(row["arm"], row["seed"], row["value"]) for row in rows if row["kind"] == "toy"} == {(f"arm{k}", 0, k) for k in range(8)}
+    (arms / "out3/arm3/0/toy.json").write_text(json.dumps({"value": 33}))
+    call(study, "keep", "out3")
+    rows = [json.loads(line) for line in Path("experiments/results.jsonl").read_text().splitlines()]
+    assert len(rows) == len(keys) and [row["value"] for row in rows if row["arm"] == "arm3"] == [33]
 
 
 def test_the_tables_of_the_repository_are_those_of_its_results(tmp_path, monkeypatch):
-    shutil.copytree(ROOT / "results", tmp_path / "results")
-    monkeypatch.chdir(tmp_path)
-    for name in ("RESULTS.md", "README.md"):
-        text = (ROOT / name).read_text()
-        assert "<!-- table" in text
-        Path(name).write_text(text)
-        call(study, "report", name)
-        assert Path(name).read_text() == text
+    """Its figures are another matter: they need matplotlib."""
+    text = re.sub(r" --figure [^ ]+", "", (ROOT / "experiments/RESULTS.md").read_text())
+    assert "<!-- table" in text
+    (tmp_path / "page.md").write_text(text)
+    monkeypatch.chdir(ROOT)
+    call(study, "report", tmp_path / "page.md")
+    assert (tmp_path / "page.md").read_text() == text
+
+
+def test_the_numbers_in_the_words_are_those_of_the_tables():
+    text = (ROOT / "experiments/RESULTS.md").read_text()
+    words = re.sub(r"<!-- table .*?<!-- end -->", "", text, flags=re.S)
+    effects = re.findall(r"[+-]\d\.\d{3} ± \d\.\d{3}", words)
+    assert len(effects) > 20 and all(text.count(effect) > words.count(effect) for effect in effects)
+    for figure in re.findall(r"\(figures/(.*?)\)", text):
+        assert (ROOT / "experiments/figures" / figure).exists()
+    runs = [json.loads(line) for line in (ROOT / "experiments/results.jsonl").read_text().splitlines()]
+    exact = {run["arm"]: f"{run['seed']} | {run['iid']['all']['exact']:.3f} | {run['novel']['all']['exact']:.3f}"
+             for run in runs if run["arm"].startswith("width-depth")}
+    rows = re.findall(r"\| (\d+) x (\d+) \| (\d+) \| .*?M \| .*? \| (\d) \| ([0-9,]+) \| (.*?) \| (.*?) \|",
+                      (ROOT / "experiments/SPEED.md").read_text())
+    assert len(rows) == len(exact) == 11
+    for width, layers, heads, seed, steps, iid, novel in rows:
+        assert exact[f"width-depth-{width}x{layers}-{heads}-heads-{steps.replace(',', '')}"] == f"{seed} | {iid} | {novel}"
 
 
 FAKE = """#!/bin/bash
 [ "$1" = -c ] && exit 0
 echo "$@" >> calls.txt
-[ "$1" = tools/study.py ] && [ "$2" = report ] && exit 0
+[ "$2" = experiments.study ] && case $3 in keep|report) exit 0;; esac
 out=$(sed 's/.*--out \\([^ ]*\\).*/\\1/' <<< "$*")
-case $out in *.json) echo {} > "$out"; touch "${out%.json}.png";; *.png) echo {} > "${out%.png}.json";; *) [ -e fail ] && exit 1; echo {} > "$out/result.json"; touch "$out/last.pt";; esac
+case $out in *.json) echo {} > "$out";; *) [ -e fail ] && exit 1; echo {} > "$out/result.json"; touch "$out/last.pt";; esac
 """
+KEEP = "-m experiments.study keep out/study --results experiments/results.jsonl"
+REPORT = "-m experiments.study report experiments/RESULTS.md"
 
 
 @pytest.fixture
 def scripts(tmp_path):
     """The scripts of the experiments, with a Python that only notes how it is called."""
-    shutil.copytree(ROOT / "runs", tmp_path / "runs")
+    shutil.copytree(ROOT / "experiments", tmp_path / "experiments")
     (tmp_path / "python").write_text(FAKE)
     (tmp_path / "python").chmod(0o755)
 
     def start(*flags, code=0):
         (tmp_path / "calls.txt").write_text("")
-        done = subprocess.run(["bash", "runs/toy_all.sh", *flags], cwd=tmp_path, capture_output=True, text=True,
+        done = subprocess.run(["bash", "experiments/toy_all.sh", *flags], cwd=tmp_path, capture_output=True, text=True,
                               env={**os.environ, "PYTHON": str(tmp_path / "python"), "SEEDS": "3"})
         assert done.returncode == code, done.stdout + done.stderr
         return (tmp_path / "calls.txt").read_text().splitlines()
     return start
 
 
-def test_the_scripts_train_every_arm_from_the_base_of_its_own_seed_and_width(scripts, tmp_path):
+def test_the_scripts_train_every_arm_from_the_base_of_its_own_seed_and_width(scripts):
     calls = scripts()
     def flags(name):
         found = [call for call in calls if call.startswith("train.py") and f"/{name}/3 " in call]
@@ -210,12 +274,18 @@ def test_the_scripts_train_every_arm_from_the_base_of_its_own_seed_and_width(scr
     assert "--init out/study/base-width-192/3/last.pt --width 192" in flags("plain-width-192")
     for plain, magd in (("plain", "magd"), ("plain-steps-800", "magd-steps-800"), ("plain-width-64", "magd-width-64")):
         assert flags(plain).replace(plain, magd).replace("--p-magd 0", "--p-magd 0.5") == flags(magd)      # one difference
-    assert sum("tools/study.py pauses" in call for call in calls) == 4 and calls[-1] == "tools/study.py report RESULTS.md README.md"
+    assert sum("experiments.study pauses" in call for call in calls) == 4 and calls[-2:] == [KEEP, REPORT]
     assert sum(call.endswith("--plans") for call in calls) == 2
     assert any("out/study/base-on-hard/3/" in call and call.endswith("--data hard") for call in calls)
     assert any("metrics.py toy --ckpt out/study/plain/3/last.pt" in call and call.endswith("--guidance-interval 0,0.5") for call in calls)
-    assert (tmp_path / "results/magd/3/result.json").exists() and (tmp_path / "results/magd/3/pauses.png").exists()
-    assert scripts() == ["tools/study.py report RESULTS.md README.md"]         # nothing is done twice
+    assert scripts() == [KEEP, REPORT]                                     # nothing is done twice
+
+
+def test_the_scripts_make_only_the_parts_that_are_named(scripts):
+    scripts("training")
+    calls = scripts("guidance", "pauses")
+    assert len(calls) == 4 + 4 + 2 and all("guidance-" in call for call in calls[:4]) and calls[-2:] == [KEEP, REPORT]
+    assert scripts("table2", code=1) == []
 
 
 def test_the_scripts_go_on_after_a_kill_and_stop_at_a_failure(scripts, tmp_path):
@@ -224,26 +294,29 @@ def test_the_scripts_go_on_after_a_kill_and_stop_at_a_failure(scripts, tmp_path)
     assert "train.py --preset small --seed 3 --out out/study/base/3 --resume --data simple" in scripts()[0]
     shutil.rmtree(tmp_path / "out")
     (tmp_path / "fail").touch()
-    assert all("/base/" in call for call in scripts(code=124))             # 124: xargs says that a run failed
+    *calls, last = scripts(code=124)                                       # 124: xargs says that a run failed
+    assert calls and all("/base/" in call for call in calls) and last == KEEP      # what is finished is kept
 
 
-def test_a_rehearsal_leaves_the_results_alone(scripts, tmp_path):
+def test_a_rehearsal_leaves_the_results_alone(scripts):
     calls = scripts("--steps", "5")
-    assert all("out/rehearsal/" in call and "out/study" not in call for call in calls)
-    assert not (tmp_path / "results").exists() and all(call.endswith("--steps 5") for call in calls if call.startswith("train.py"))
+    assert all("out/rehearsal" in call and "out/study" not in call for call in calls)
+    assert calls[-1] == "-m experiments.study keep out/rehearsal --results out/rehearsal/results.jsonl"
+    assert all(call.endswith("--steps 5") for call in calls if call.startswith("train.py"))
 
 
 @pytest.mark.slow
 def test_a_rehearsal_of_an_experiment(tmp_path):
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tmp_path)
-    for folder in ("runs", "tools"):
+    for folder in ("common", "toy", "scale", "pretrained", "experiments"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
-    for script in ("table2", "pauses"):
-        done = subprocess.run(["bash", f"runs/{script}.sh", "--steps", "2", "--eval-examples", "2"], cwd=tmp_path, capture_output=True,
-                              text=True, env={**os.environ, "SEEDS": "0", "PYTHON": sys.executable})
-        assert done.returncode == 0, done.stdout + done.stderr
-    result = json.loads((tmp_path / "out/rehearsal/results/magd/0/pauses.json").read_text())
-    assert result["0 pauses"]["all"]["number"] == 4 * 8                    # four seeds
+    done = subprocess.run(["bash", "experiments/toy_all.sh", "training", "pauses", "--steps", "2", "--eval-examples", "2"], cwd=tmp_path,
+                          capture_output=True, text=True, env={**os.environ, "SEEDS": "0", "PYTHON": sys.executable})
+    assert done.returncode == 0, done.stdout + done.stderr
+    runs = [json.loads(line) for line in (tmp_path / "out/rehearsal/results.jsonl").read_text().splitlines()]
+    [own] = [run for run in runs if (run["arm"], run["kind"]) == ("magd", "pauses")]
+    assert own["0 pauses"]["all"]["number"] == 4 * 8                       # four seeds
     weights = torch.load(tmp_path / "out/rehearsal/plans/0/last.pt", weights_only=True)["flags"]
     assert weights["p_plan"] == 0.5 and weights["init"] == "out/rehearsal/base/0/last.pt"
+    assert (tmp_path / "experiments/results.jsonl").read_bytes() == (ROOT / "experiments/results.jsonl").read_bytes()

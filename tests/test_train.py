@@ -12,6 +12,8 @@ from helpers import ROOT, SMALL, call, run
 from PIL import Image, ImageFilter
 
 import train
+from common.files import InputError
+from common.muon import Muon
 
 
 def weights(path):
@@ -111,6 +113,8 @@ def test_the_result_holds_what_it_should(tmp_path):
     line = json.loads(open(tmp_path / "run/log.jsonl").readline())
     assert len(line["loss_by_t"]) == 4 and 0 <= line["masked_tokens"] <= line["masked_samples"] <= 1 and line["images_per_s"] > 0
     assert (tmp_path / "run/samples/step_000002.png").exists() and (tmp_path / "run/samples/final.png").exists()
+    pytest.importorskip("matplotlib")
+    assert Image.open(tmp_path / "run/loss.png").width > 400
 
 
 def test_every_preset_names_only_flags_and_overrides_work(monkeypatch):
@@ -131,7 +135,7 @@ def test_bad_flags_are_one_clear_line(tmp_path, monkeypatch):
              (["--resume", "--out", str(tmp_path)], "no such checkpoint"), (["--preset", "large"], "invalid choice")]
     for arguments, message in cases:
         monkeypatch.setattr("sys.argv", ["train.py", "--out", str(tmp_path / "run"), *arguments])
-        with pytest.raises((train.InputError, SystemExit)) as error:
+        with pytest.raises((InputError, SystemExit)) as error:
             train.main()
         assert message in str(error.value) and "\n" not in str(error.value), (arguments, str(error.value))
 
@@ -139,13 +143,13 @@ def test_bad_flags_are_one_clear_line(tmp_path, monkeypatch):
 def test_a_run_is_neither_overwritten_nor_resumed_as_another(tmp_path):
     start = [*SMALL, "--steps", 2, "--out", tmp_path / "run"]
     call(train, *start)
-    with pytest.raises(train.InputError, match="already holds a run"):
+    with pytest.raises(InputError, match="already holds a run"):
         call(train, *start)
-    with pytest.raises(train.InputError, match="started with --tau 0.7"):
+    with pytest.raises(InputError, match="started with --tau 0.7"):
         call(train, *start, "--tau", 0.5, "--resume")
     state = weights(tmp_path / "run/last.pt")
     torch.save({**state, "words": state["words"][::-1]}, tmp_path / "run/last.pt")
-    with pytest.raises(train.InputError, match="shapes has changed since it was started"):
+    with pytest.raises(InputError, match="shapes has changed since it was started"):
         call(train, *start, "--resume")
 
 
@@ -181,7 +185,7 @@ def test_it_overfits_sixteen_pairs_of_images_and_sample_reproduces_the_edits(tmp
 def test_muon_is_the_muon_of_torch():
     ours, theirs = ([torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(k)))
                      for k, shape in enumerate([(48, 16), (16, 16), (16, 32)])] for _ in range(2))
-    optimizers = train.Muon(ours, 0.02, weight_decay=0.1, dtype=torch.bfloat16), torch.optim.Muon(theirs, 0.02, weight_decay=0.1, momentum=0.9)
+    optimizers = Muon(ours, 0.02, weight_decay=0.1, dtype=torch.bfloat16), torch.optim.Muon(theirs, 0.02, weight_decay=0.1, momentum=0.9)
     for step in range(3):
         for k, (p, q) in enumerate(zip(ours, theirs)):
             p.grad = q.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * step + k))

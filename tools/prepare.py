@@ -1,114 +1,105 @@
-"""Published data sets -> JSONL files of our own form (data.read_rows), one for each split: TO/NAME-SPLIT.jsonl.
+"""Published data sets -> JSONL files of our own form (data.read_rows), one a split: TO/NAME-SPLIT.jsonl.
 
-    python tools/prepare.py magicbrush MagicBrush data            data/magicbrush-train.jsonl and data/magicbrush-dev.jsonl
-    python tools/prepare.py emu-edit emu_edit_test_set data --split test
-    python tools/prepare.py complex-edit Complex-Edit data --complexity 4
+    python -m tools.prepare magicbrush MagicBrush data       data/magicbrush-train.jsonl, magicbrush-dev.jsonl
+    python -m tools.prepare emu-edit emu_edit_test_set data --split test
+    python -m tools.prepare complex-edit Complex-Edit data --complexity 4
 
-NAME          what FROM is                                                           splits                  for
-magicbrush    folder dev/ or test/ with edit_turns.json, or Parquet files            train, dev, test        training, evaluation
-ultraedit     Parquet files                                                          FreeForm, RegionBase    training
-aurora        the repository, with data/PART/train.json and its images               its four parts          training
-emu-edit      Parquet files of emu_edit_test_set, or of ..._generations              validation, test        evaluation
-complex-edit  Parquet files, or JSON or JSONL with image and edit                    test_real, test_syn     evaluation
-idea-bench    case folders TASK_NNNN                                                 none: TO/NAME.jsonl     evaluation
-geneval       the repository, with prompts/evaluation_metadata.jsonl                 none                    evaluation
+NAME          what FROM is                                                 splits                used for
+magicbrush    folder dev/ or test/ with edit_turns.json, or Parquet files  train, dev, test      both
+ultraedit     Parquet files                                                FreeForm, RegionBase  training
+aurora        the repository, with data/PART/train.json and its images     its four parts        training
+emu-edit      Parquet files of emu_edit_test_set, or of ..._generations    validation, test      evaluation
+complex-edit  Parquet files, or JSON or JSONL with image and edit          test_real, test_syn   evaluation
+idea-bench    case folders TASK_NNNN                                       none: TO/NAME.jsonl   evaluation
+geneval       the repository, with prompts/evaluation_metadata.jsonl       none                  evaluation
 
-Images that are files stay where they are and are named by relative paths; images inside Parquet files and converted masks are
-written to TO/images. A second run writes only images that are missing or of another size. Rows are counted from 0. What a scorer
-needs stands in further keys: id, benchmark (NAME: sample.py puts outputs where its scorer looks), split, turn, turns,
-local_caption, idx, complexity, operations, task_name, uid, tag, geneval.
-Evaluation sets have no target image: their rows have "output_image": null. sample.py --data reads these rows, training does not.
-Parquet files need the package pyarrow.
+Image files stay where they are and are named by relative paths. Images inside Parquet files (which need the
+package pyarrow) and converted masks are written to TO/images unless a file of that size is there. Rows are
+counted from 0. Evaluation sets have no target image: "output_image" is null; sample.py --data edits such
+rows, training refuses them. Scorers need more keys: id, benchmark (NAME), split, turn, turns, local_caption,
+idx, complexity, operations, task_name, uid, tag, edited_image. Where the published scorer of a benchmark
+expects a layout of folders, sample.py saves its outputs in it:
+    save_as    path of an output below --out, a format string with the fields pauses and seed
+    save_also  {path of the same kind: object to write there as a line of JSON}
 """
-import argparse
 import io
 import json
 import os
 import re
-import sys
-from collections import Counter
+from collections import Counter, namedtuple
+from contextlib import ExitStack
 from functools import lru_cache, partial
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import check_row  # noqa: E402
-from model import InputError  # noqa: E402
+from common.cli import parser, run_script
+from common.files import InputError, make_folder, optional, read_json, rows_of, writing
+from data import check_row
 
-# where the rows are: of several patterns, the first that is found
-FILES = {"magicbrush": ["edit_turns.json", "*/edit_turns.json", "**/*.parquet"], "ultraedit": ["**/*.parquet"],
-         "aurora": ["data/*/train.json"], "emu-edit": ["**/*.parquet"], "complex-edit": ["**/*.parquet", "*.jsonl", "*.json"],
-         "idea-bench": ["*_[0-9][0-9][0-9][0-9]"], "geneval": ["prompts/evaluation_metadata.jsonl", "evaluation_metadata.jsonl"]}
-COLUMNS = {"magicbrush": {"img_id", "turn_index", "source_img", "mask_img", "instruction", "target_img"},     # of Parquet files
-           "ultraedit": {"edit_prompt", "source_image", "edited_image"}, "complex-edit": {"image", "edit"},
-           "emu-edit": {"instruction", "image", "task", "idx"}}
-BROKEN = (OSError, SyntaxError, ValueError, EOFError)       # what Pillow and pyarrow raise on broken files
+FILES = {                                 # where the rows are: of several patterns, the first that matches
+    "magicbrush": ["edit_turns.json", "*/edit_turns.json", "**/*.parquet"], "ultraedit": ["**/*.parquet"],
+    "aurora": ["data/*/train.json"], "complex-edit": ["**/*.parquet", "*.jsonl", "*.json"],
+    "emu-edit": ["**/*.parquet"], "idea-bench": ["*_[0-9][0-9][0-9][0-9]"],
+    "geneval": ["prompts/evaluation_metadata.jsonl", "evaluation_metadata.jsonl"]}
+COLUMNS = {                               # that Parquet files must have
+    "magicbrush": {"img_id", "turn_index", "source_img", "mask_img", "instruction", "target_img"},
+    "ultraedit": {"edit_prompt", "source_image", "edited_image"}, "complex-edit": {"image", "edit"},
+    "emu-edit": {"instruction", "image", "task", "idx"}}
+KUBRIC_TASKS = {"location", "further_location", "closer", "counting", "rotate", "attribute"}
+BROKEN = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)    # Pillow, pyarrow
+# Where a published row stands: `number` counts in the file `path`, `index` in its split. Its images go to
+# `out`/images/`name`-ROLE.png; out is the folder TO.
+Place = namedtuple("Place", "out path split number index name")
 
-# --------------------------------------------------------------------------------------- reading
+
+# ------------------------------------------------------------------------------------------- reading
+
+def read_files(name, source):
+    """Yield (path, split or None, published rows) for each file; an unreadable row is an InputError."""
+    matches = (sorted(source.glob(pattern)) for pattern in FILES[name])
+    paths = next(filter(None, matches), None)
+    if not paths:
+        found = [path.name for path in sorted(source.glob("*"))]
+        raise InputError(f"{source}: this is not {name} as published: expected {' or '.join(FILES[name])}, "
+                         f"found {', '.join(found[:8] + ['...'] * (len(found) > 8)) or 'nothing'}")
+    for path in paths:
+        split = {"magicbrush": path.parent.resolve().name,             # FROM may be "."
+                 "aurora": path.parent.name, "complex-edit": path.stem}.get(name)
+        if name == "idea-bench":
+            rows = [path]                                              # the folder of a case is its row
+        elif path.suffix == ".jsonl":
+            rows = [row for _, row in rows_of(path)]
+        elif path.suffix == ".json":
+            rows = read_json(path, list)
+        else:
+            # train-00000-of-00051-0a1b.parquet, train.parquet or train/0000.parquet
+            split = path.parent.name if path.stem.isdigit() else re.sub(r"-\d+-of-\d+.*", "", path.stem)
+            rows = read_parquet(path)
+            first = list(islice(rows, 1))
+            columns = set(first[0]) if first and isinstance(first[0], dict) else COLUMNS[name]
+            if missing := COLUMNS[name] - columns:
+                raise InputError(f"{path}: this is not {name} as published: it has the columns "
+                                 f"{', '.join(sorted(columns))}; missing: {', '.join(sorted(missing))}")
+            if name == "emu-edit" and "edited_image" in columns:
+                # emu_edit_test_set_generations has the names of its splits swapped
+                split = {"validation": "test", "test": "validation"}.get(split, split)
+            rows = chain(first, rows)
+        yield path, split, rows
 
 
 def read_parquet(path):
     """Yield the rows as dicts, a few at a time: a shard may be larger than memory."""
+    ParquetFile = optional("pyarrow.parquet").ParquetFile
     try:
-        from pyarrow.parquet import ParquetFile
-    except ImportError:
-        raise InputError(f"{path}: reading Parquet files needs the package pyarrow: pip install pyarrow") from None
-    with ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=16):
-            yield from batch.to_pylist()
-
-
-def read_json(path, kind=list):
-    """A JSON file that holds a `kind`; of a .jsonl file, the list of its lines."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        value = [json.loads(line) for line in text.split("\n") if line.strip()] if path.suffix == ".jsonl" else json.loads(text)
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error})") from None
-    if not isinstance(value, kind):
-        raise InputError(f"{path}: expected a JSON {kind.__name__}, this is a {type(value).__name__}")
-    return value
-
-
-def published(name, source):
-    """Yield (path, split, [(number, row or InputError), ...]) for each file of the data set."""
-    paths = next((found for pattern in FILES[name] if (found := sorted(source.glob(pattern)))), None)
-    if not paths:
-        found = sorted(path.name for path in source.iterdir())
-        raise InputError(f"{source}: this is not {name} as published: expected {' or '.join(FILES[name])}, found "
-                         f"{', '.join(found[:8]) + ', ...' * (len(found) > 8) or 'nothing'}")
-    for path in paths:
-        if path.suffix != ".parquet":                       # of geneval and IDEA-Bench, where a case folder is a row, no split
-            split = {"magicbrush": path.parent.resolve().name, "aurora": path.parent.name, "complex-edit": path.stem}.get(name)
-            yield path, split, enumerate([path] if name == "idea-bench" else read_json(path))
-            continue
-        # train-00000-of-00051-0a1b.parquet, train.parquet or train/0000.parquet
-        split = path.parent.name if path.stem.isdigit() else re.sub(r"-\d+-of-\d+.*", "", path.stem)
-        columns = set()
-        rows = shard(path, name, columns)
-        first = next(rows, None)
-        if name == "emu-edit" and "edited_image" in columns:           # emu_edit_test_set_generations: its split names are swapped
-            split = {"validation": "test", "test": "validation"}.get(split, split)
-        yield path, split, ((number, row) for part in ([first] if first else [], rows) for number, row in part)
-
-
-def shard(path, name, columns):
-    """Yield (number, row) of a Parquet file and fill `columns`; a file that breaks off ends with an InputError for a row."""
-    number = -1
-    try:
-        for number, row in enumerate(read_parquet(path)):
-            columns.update(row)
-            if missing := COLUMNS[name] - columns:
-                raise InputError(f"{path}: this is not {name} as published: it has the columns {', '.join(sorted(columns))}; "
-                                 f"missing: {', '.join(sorted(missing))}")
-            yield number, row
-    except InputError:
-        raise
+        with ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=16):
+                yield from batch.to_pylist()
     except BROKEN as error:
-        yield number + 1, InputError(f"the file cannot be read from here on: download it again ({error})")
+        yield InputError(f"the file cannot be read from here on: download it again ({error})")
 
 
 def need(raw, *keys):
@@ -118,14 +109,13 @@ def need(raw, *keys):
         raise raw if isinstance(raw, InputError) else wrong
     for key in keys:
         if raw.get(key) is None:
-            raise InputError(f"the key {key!r} is missing or empty; there are {', '.join(sorted(raw)) or 'none'}")
+            there = ", ".join(sorted(raw)) or "none"
+            raise InputError(f"the key {key!r} is missing or empty; there are {there}")
     return [raw[key] for key in keys]
 
 
-# --------------------------------------------------------------------------------------- images and rows
-
 def content(value, folder):
-    """An image as published, i.e. bytes, {"bytes", "path"}, or a path in `folder` -> bytes, or the Path of a file."""
+    """An image as published, bytes, {"bytes", "path"} or a path in `folder` -> bytes or Path of a file."""
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if not value or not isinstance(value, (bytes, str)):
@@ -135,209 +125,237 @@ def content(value, folder):
     return folder / value if isinstance(value, str) else value
 
 
-def keep(out, value, folder, name=""):
-    """An image as published -> its path relative to `out`. Bytes are written to `out`/images/`name`.png, or .jpg, ..."""
+def keep(place, role, value, folder):
+    """An image as published -> its path relative to TO; bytes are written to TO/images."""
     value = content(value, folder)
-    if isinstance(value, Path):          # folders are resolved because `..` leaves a linked folder by its real parent
-        return os.path.relpath(value.parent.resolve() / value.name, out.resolve())
+    if isinstance(value, Path):
+        # folders are resolved because `..` leaves a linked folder by its real parent
+        return os.path.relpath(value.parent.resolve() / value.name, place.out.resolve())
     try:
         with Image.open(io.BytesIO(value)) as image:
-            path = f"images/{name}.{image.format.lower().replace('jpeg', 'jpg')}"
+            name = f"images/{place.name}-{role}.{image.format.lower().replace('jpeg', 'jpg')}"
     except BROKEN as error:
         raise InputError(f"not an image that can be read ({error})") from None
-    if not (out / path).is_file() or (out / path).stat().st_size != len(value):
-        (out / path).parent.mkdir(parents=True, exist_ok=True)
-        (out / path).write_bytes(value)
-    return path
+    path = place.out / name
+    # not `writing`, which would sync millions of images to disk: a torn one has another size
+    if not path.is_file() or path.stat().st_size != len(value):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(value)
+    return name
 
 
-def keep_mask(out, value, folder, name, source):
-    """A mask of MagicBrush -> path of a gray PNG, white where the edit is, of the size of `source`; None if it marks nothing.
+def keep_mask(place, value, folder, source):
+    """A mask of MagicBrush -> path of a gray PNG as large as `source`, white where the edit is, or None.
 
-    These masks are copies of the photo in which the region to edit is transparent: read as gray images, they would mark the bright
-    parts of the photo. Their size may differ from the photo's. One without transparency is painted: white is the region.
+    These masks are copies of the photo, some of another size, in which the region to edit is transparent: as
+    gray images they would mark the bright parts of the photo. If nothing is transparent, white is the region.
     """
     value = content(value, folder)
     try:
         with Image.open(io.BytesIO(value) if isinstance(value, bytes) else value) as image:
-            pixels = np.asarray(image.convert("RGBA"))
-        with Image.open(out / source) as image:
+            pixels = np.asarray(image.convert("RGBA"))                                    # (h, w, 4)
+        with Image.open(place.out / source) as image:
             size = image.size
     except BROKEN as error:
         raise InputError(f"mask or source image: not an image that can be read ({error})") from None
-    region = pixels[:, :, 3] < 255
-    if not region.any():
-        region = (pixels[:, :, :3] > 250).all(axis=2)
+    clear = pixels[:, :, 3] < 255                                                         # (h, w)
+    region = clear if clear.any() else (pixels[:, :, :3] > 250).all(axis=2)               # (h, w)
     if not region.any():
         return None
     png = io.BytesIO()
     Image.fromarray(region.astype(np.uint8) * 255).resize(size, Image.Resampling.NEAREST).save(png, "png")
-    return keep(out, png.getvalue(), folder, name)
+    return keep(place, "mask", png.getvalue(), folder)
 
 
-def make_row(instruction, input_images, output_image, **more):
-    if not isinstance(instruction, str) or instruction.strip() in ("", "{}"):                # AURORA has "{}"
-        raise InputError(f"expected an instruction, this is {instruction!r}")
-    row = {"instruction": instruction.strip(), "input_images": input_images, "output_image": output_image,
-           **{key: value for key, value in more.items() if value is not None}}
+def make_row(place, folder, text, sources, target=None, cutout=None, **more):
+    """A row of ours from images as published, without keys that are None. cutout: a mask of MagicBrush."""
+    sources = [keep(place, "source", image, folder) for image in sources]
+    target = None if target is None else keep(place, "target", target, folder)
+    if cutout is not None:
+        more = {"mask": keep_mask(place, cutout, folder, sources[0]), **more}
+    if not isinstance(text, str) or text.strip() in ("", "{}"):        # AURORA has "{}"
+        raise InputError(f"expected an instruction, this is {text!r}")
+    more = {key: value for key, value in more.items() if value is not None}
+    row = {"instruction": text.strip(), "input_images": sources, "output_image": target, **more}
     check_row(row, Path())
     return row
 
 
-# --------------------------------------------------------------------------------------- the data sets
-# A function for each: a published row -> our rows, or InputError. path: the file it is in; name: a unique one for its images;
-# number: its place in the file; place: its place in the split.
+def candidate(path):
+    """save_as for scorers that are given the folder of one candidate."""
+    return "pauses{pauses}_seed{seed}/" + path.replace("{", "{{").replace("}", "}}")
+
+
+# ------------------------------------------------------------------------------------------- the data sets
+# A function for each: a published row and its Place -> our rows, or InputError.
 
 @lru_cache(1)
 def captions(folder):
-    """The two caption files of a MagicBrush folder, {ID: {file: caption}}, empty if missing, and {ID: number of turns}."""
-    both, local = (read_json(path, dict) if path.is_file() else {}
-                   for path in (folder / "global_descriptions.json", folder / "local_descriptions.json"))
-    turns = read_json(folder / "edit_turns.json")
-    return both, local, Counter(str(turn.get("output")).split("-")[0] for turn in turns if isinstance(turn, dict))
+    """MagicBrush's {ID: {file: caption}} of images and of edits, empty if missing, {ID: number of turns}."""
+    paths = (folder / "global_descriptions.json", folder / "local_descriptions.json")
+    images, edits = (read_json(path) if path.is_file() else {} for path in paths)
+    turns = [turn for turn in read_json(folder / "edit_turns.json", list) if isinstance(turn, dict)]
+    return images, edits, Counter(str(turn.get("output")).split("-")[0] for turn in turns)
 
 
-def magicbrush(raw, out, path, split, name, number, place):
-    if path.suffix == ".parquet":
+def magicbrush(raw, place):
+    folder = place.path.parent
+    more = {}
+    if place.path.suffix == ".parquet":
         text, before, after, mask = need(raw, "instruction", "source_img", "target_img", "mask_img")
-        (img, turn), folder, more = need(raw, "img_id", "turn_index"), path.parent, {}
+        session, turn = need(raw, "img_id", "turn_index")
     else:
         text, before, after, mask = need(raw, "instruction", "input", "output", "mask")
         if not (match := re.fullmatch(r"([^/]+)-output(\d+)\.\w+", str(after))):
             raise InputError(f"expected an output named ID-outputK.png, this is {after!r}")
-        img, turn = match[1], int(match[2])
-        folder, (both, local, turns) = path.parent / "images" / img, captions(path.parent)
-        both, local = both.get(img, {}), local.get(img, {})
-        more = dict(source_caption=both.get(str(before)), target_caption=both.get(after), local_caption=local.get(after),
-                    turns=turns[img])
-    source, target = keep(out, before, folder, f"{name}-source"), keep(out, after, folder, f"{name}-target")
-    return [make_row(text, [source], target, mask=keep_mask(out, mask, folder, f"{name}-mask", source), id=f"{img}-{turn}",
-                     turn=turn, **more)]
+        session = match[1]
+        turn = int(match[2])
+        images, edits, turns = captions(folder)
+        images = images.get(session, {})
+        more = {"source_caption": images.get(str(before)), "target_caption": images.get(after),
+                "local_caption": edits.get(session, {}).get(after), "turns": turns[session]}
+        folder = folder / "images" / session
+    # inde, independent: each turn starts from the true image of the turn before
+    file = f"{session}_{turn}.png" if str(turn) == "1" else f"{session}_inde_{turn}.png"
+    return [make_row(place, folder, text, [before], after, mask, id=f"{session}-{turn}", turn=turn, **more,
+                     save_as=candidate(f"{session}/{file}"))]
 
 
-def ultraedit(raw, out, path, split, name, number, place):
+def ultraedit(raw, place):
     text, before, after = need(raw, "edit_prompt", "source_image", "edited_image")
-    source, target = keep(out, before, path.parent, f"{name}-source"), keep(out, after, path.parent, f"{name}-target")
-    mask = keep(out, raw["mask_image"], path.parent, f"{name}-mask") if raw.get("mask_image") else None   # white where the edit is
-    return [make_row(text, [source], target, mask=mask, source_caption=raw.get("source_caption"),
-                     target_caption=raw.get("target_caption"), id=f"{path.stem}-{number:06d}", idx=raw.get("idx"))]
+    folder = place.path.parent
+    # white where the edit is, as it should be
+    mask = keep(place, "mask", raw["mask_image"], folder) if raw.get("mask_image") else None
+    return [make_row(place, folder, text, [before], after, mask=mask,
+                     source_caption=raw.get("source_caption"), target_caption=raw.get("target_caption"),
+                     id=f"{place.path.stem}-{place.number:06d}", idx=raw.get("idx"))]
 
 
-def aurora(raw, out, path, split, name, number, place):
-    root, (text, before, after) = path.parent.parent.parent, need(raw, "instruction", "input", "output")
+def aurora(raw, place):
+    text, before, after = need(raw, "instruction", "input", "output")
     text = text[0] if isinstance(text, list) and text else text
-    source, target = keep(out, before, root), keep(out, after, root)
-    # only MagicBrush's rows have a mask, named without its folder, and not every copy of the data has the file
-    folder, mask = (root / before).parent, raw.get("mask")
-    mask = keep_mask(out, mask, folder, f"{name}-mask", source) if mask and (folder / mask).is_file() else None
-    tasks = {"location", "further_location", "closer", "counting", "rotate", "attribute"} & set(Path(before).parts)     # Kubric
-    return [make_row(text, [source], target, mask=mask, task=min(tasks, default=split), id=f"{number:06d}")]
+    root = place.path.parents[2]
+    # only MagicBrush's rows name a mask, without its folder, and not every copy of the data has the file
+    mask = Path(str(before)).parent / (raw.get("mask") or "")
+    cutout = str(mask) if (root / mask).is_file() else None
+    task = min(KUBRIC_TASKS & set(mask.parts), default=place.split)
+    return [make_row(place, root, text, [before], after, cutout, task=task, id=f"{place.number:06d}")]
 
 
-def emu_edit(raw, out, path, split, name, number, place):
+def emu_edit(raw, place):
     text, task, idx, image = need(raw, "instruction", "task", "idx", "image")
-    made = keep(out, raw["edited_image"], path.parent, f"{name}-emu") if raw.get("edited_image") else None
-    # edited_image is what Emu Edit itself made of it, not a target. idx is unique only together with task and split.
-    return [make_row(text, [keep(out, image, path.parent, f"{name}-source")], None, source_caption=raw.get("input_caption"),
-                     target_caption=raw.get("output_caption"), task=task, id=f"{task}-{idx}", idx=idx, edited_image=made)]
+    folder = place.path.parent
+    # edited_image was made by Emu Edit: it is no target. idx is unique only together with task and split.
+    made = keep(place, "emu", raw["edited_image"], folder) if raw.get("edited_image") else None
+    return [make_row(place, folder, text, [image], source_caption=raw.get("input_caption"),
+                     target_caption=raw.get("output_caption"), task=task, id=f"{task}-{idx}", idx=idx,
+                     edited_image=made)]
 
 
-def complex_edit(raw, out, path, split, name, number, place, complexity=8):
-    def items(steps, key):               # a list of objects, or as some Parquet files hold it, an object of lists
+def complex_edit(raw, place, complexity=8):
+    def items(steps, key):                # a list of objects, or in some Parquet files an object of lists
         return need(steps, key)[0] if isinstance(steps, dict) else [need(step, key)[0] for step in steps]
     image, edit = need(raw, "image", "edit")
-    texts, operations = items(need(edit, "compound")[0], "compound_instruction"), items(edit.get("sequence") or [], "name")
+    texts = items(need(edit, "compound")[0], "compound_instruction")
+    operations = items(edit.get("sequence") or [], "name")
     if len(texts) < complexity:
-        raise InputError(f"edit.compound has {len(texts)} instructions, {complexity} are needed: see --complexity")
-    image = keep(out, image, path.parent, f"{name}-source")
-    # sorted by id, results are in the order of the data set, as its evaluator expects
-    return [make_row(texts[c - 1], [image], None, complexity=c, operations=operations[:c] or None, id=f"{place:05d}-{c}")
-            for c in range(1, complexity + 1)]
+        raise InputError(f"edit.compound has {len(texts)} instructions, {complexity} are needed: "
+                         f"see --complexity")
+    # the evaluator goes by the order of the data set, so ids and outputs sort like it
+    return [make_row(place, place.path.parent, text, [image], complexity=c, operations=operations[:c] or None,
+                     id=f"{place.index:05d}-{c}", save_as=candidate(f"complexity_{c}/{place.index:05d}.png"))
+            for c, text in enumerate(texts[:complexity], 1)]
 
 
-def idea_bench(raw, out, path, split, name, number, place):
+def idea_bench(case, place):
     for file in ("instruction.txt", "meta.json"):
-        if not (path / file).is_file():
+        if not (case / file).is_file():
             raise InputError(f"{file} is missing")
-    task, uid = need(read_json(path / "meta.json", dict), "task_name", "uid")
-    images = sorted(file.name for file in path.iterdir() if re.fullmatch(r"\d{4}\.(jpe?g|png|webp)", file.name.lower()))
+    task, uid = need(read_json(case / "meta.json"), "task_name", "uid")
+    files = sorted(path.name for path in case.iterdir())
+    images = [file for file in files if re.fullmatch(r"\d{4}\.(jpe?g|png|webp)", file.lower())]
     if not images:
-        raise InputError("no input image 0001.jpg: a text-to-image case; only cases with input images become rows")
-    text = (path / "instruction.txt").read_text(encoding="utf-8", errors="replace")
-    return [make_row(text, [keep(out, image, path) for image in images], None, task=task, task_name=task, uid=uid, id=path.name)]
+        raise InputError("no input image 0001.jpg: a text-to-image case; only cases with input images become "
+                         "rows")
+    text = (case / "instruction.txt").read_text(encoding="utf-8", errors="replace")
+    return [make_row(place, case, text, images, task=task, task_name=task, uid=uid, id=case.name,
+                     save_as=candidate(f"{case.name}/0001.jpg"))]
 
 
-def geneval(raw, out, path, split, name, number, place):
-    text, tag = need(raw, "prompt", "tag")                  # the id is the name of the folder that the evaluator looks for
-    return [make_row(text, [], None, task=tag, tag=tag, geneval=raw, id=f"{number:05d}")]
+def geneval(raw, place):
+    text, tag = need(raw, "prompt", "tag")
+    number = f"{place.number:05d}"
+    folder = "pauses{pauses}/" + number                                # the scorer's samples are our seeds
+    return [make_row(place, None, text, [], task=tag, tag=tag, id=number,
+                     save_as=folder + "/samples/{seed:04d}.png", save_also={folder + "/metadata.jsonl": raw})]
 
 
-SETS = {"magicbrush": magicbrush, "ultraedit": ultraedit, "aurora": aurora, "emu-edit": emu_edit, "complex-edit": complex_edit,
-        "idea-bench": idea_bench, "geneval": geneval}
-
-# --------------------------------------------------------------------------------------- the command
+SETS = {"magicbrush": magicbrush, "ultraedit": ultraedit, "aurora": aurora, "emu-edit": emu_edit,
+        "complex-edit": complex_edit, "idea-bench": idea_bench, "geneval": geneval}
 
 
 def prepare(name, source, out, split=None, complexity=None):
-    """Write the JSONL files -> ({path: (rows, rows with a mask)}, [where and why a row was skipped])."""
-    if not source.is_dir():
+    """Write the JSONL files -> {path: (rows, rows with a mask)}, [where and why a row was skipped]."""
+    if not os.path.isdir(source):
         raise InputError(f"{source}: there is no such folder")
     convert = partial(complex_edit, complexity=complexity) if complexity else SETS[name]
-    files, counts, splits, ids, places, skipped = {}, {}, set(), set(), Counter(), []
-    with tqdm(desc=name, unit=" rows") as bar:
-        for path, own, rows in published(name, source):
-            splits.add(own)
+    files = {}
+    counts = {}
+    skipped = []
+    ids = set()
+    sizes = {}                                                         # of the splits, skipped rows included
+    with ExitStack() as stack, tqdm(desc=name, unit=" rows") as bar:
+        for path, own, rows in read_files(name, source):
+            sizes.setdefault(own, 0)
             if split not in (None, own):
                 continue
-            out.mkdir(parents=True, exist_ok=True)
-            target = out / f"{name}-{own}.jsonl" if own else out / f"{name}.jsonl"
-            for number, raw in rows:
+            make_folder(out)
+            target = out / (f"{name}-{own}.jsonl" if own else f"{name}.jsonl")
+            more = {"benchmark": name, "split": own} if own else {"benchmark": name}
+            for number, raw in enumerate(rows):
                 bar.update()
+                place = Place(out, path, own, number, sizes[own], f"{name}/{own}/{path.stem}-{number:06d}")
+                sizes[own] += 1
                 try:
-                    made = convert(raw, out, path, own, f"{name}/{own}/{path.stem}-{number:06d}", number, places[own])
+                    made = convert(raw, place)
                     if (own, made[0]["id"]) in ids:
                         raise InputError(f"its id {made[0]['id']} was there before")
-                    ids.add((own, made[0]["id"]))
-                    if target not in files:
-                        files[target] = open(f"{target}.part", "w")
-                    more = {"benchmark": name, "split": own} if own else {"benchmark": name}
-                    files[target].writelines(json.dumps({**row, **more}) + "\n" for row in made)
-                    done, masks = counts.get(target, (0, 0))
-                    counts[target] = done + len(made), masks + sum("mask" in row for row in made)
                 except InputError as error:
                     skipped.append(f"{path} row {number}: {error}" if path.is_file() else f"{path}: {error}")
-                places[own] += 1
-    if split and split not in splits:
-        raise InputError(f"--split {split}: {source} has {', '.join(sorted(filter(None, splits))) or 'no splits'}")
-    for target, file in files.items():   # only now, so that a JSONL file is always whole
-        file.close()
-        os.replace(file.name, target)
+                    continue
+                except OSError as error:                               # such as a full disk: it stops the run
+                    reason = f"cannot be read or written ({error.strerror or error})"
+                    raise InputError(f"{error.filename or out}: {reason}") from None
+                ids.add((own, made[0]["id"]))
+                if target not in files:
+                    files[target] = stack.enter_context(writing(target))
+                files[target].writelines(json.dumps({**row, **more}) + "\n" for row in made)
+                done, masks = counts.get(target, (0, 0))
+                counts[target] = (done + len(made), masks + sum("mask" in row for row in made))
+    if split and split not in sizes:
+        found = ", ".join(sorted(filter(None, sizes))) or "no splits"
+        raise InputError(f"--split {split}: {source} has {found}")
     return counts, skipped
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.error = lambda message: sys.exit(f"prepare.py: {message}")
+    p = parser(__doc__)
     p.add_argument("name", choices=SETS, metavar="NAME", help=", ".join(SETS))
     p.add_argument("source", type=Path, metavar="FROM", help="folder of the data set as published")
     p.add_argument("out", type=Path, metavar="TO", help="folder to write to")
     p.add_argument("--split", help="only this split; all if not given")
-    p.add_argument("--complexity", type=int, choices=range(1, 9), metavar="N", help="complex-edit: instructions 1 to N of 8")
+    p.add_argument("--complexity", type=int, choices=range(1, 9), metavar="N",
+                   help="complex-edit: instructions 1 to N of 8")
     flags = p.parse_args()
     if flags.complexity and flags.name != "complex-edit":
         p.error(f"--complexity is for complex-edit, not for {flags.name}")
-    try:
-        counts, skipped = prepare(flags.name, flags.source, flags.out, flags.split, flags.complexity)
-    except OSError as error:
-        raise InputError(f"{error.filename or flags.out}: cannot be read or written ({error.strerror or error})") from None
-    print(*(f"{path}: {rows} rows, {masks} with a mask" for path, (rows, masks) in counts.items()),
-          f"{len(skipped)} rows skipped", *skipped, sep="\n")
+    counts, skipped = prepare(flags.name, flags.source, flags.out, flags.split, flags.complexity)
+    for path, (rows, masks) in counts.items():
+        print(f"{path}: {rows} rows, {masks} with a mask")
+    print(f"{len(skipped)} rows skipped", *skipped, sep="\n")
     if not counts:
         raise InputError(f"{flags.source}: no row could be read")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"prepare.py: {error}")
+    run_script(main)

@@ -1,0 +1,36 @@
+"""Line charts with matplotlib, where it is installed."""
+import math
+
+from common.files import InputError, optional
+
+
+def line_charts(panels, path):
+    """Charts side by side in one PNG file. panels: (title, x label, y label, {series: [(x, y, low, high)]}).
+
+    low and high are the ends of an interval, drawn as a bar, or None. Without matplotlib one line says so.
+    """
+    try:
+        Figure = optional("matplotlib.figure").Figure
+    except InputError as error:
+        print(f"no {path}: {error}")
+        return
+    figure = Figure((5 * len(panels), 4), layout="constrained")
+    all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (title, x_label, y_label, series) in zip(all_axes, panels):
+        for name, points in series.items():
+            x, y, low, high = zip(*points)
+            line, = axes.plot(x, y, marker="." if len(x) < 50 else "", label=name)
+            if low[0] is not None:
+                axes.vlines(x, low, high, color=line.get_color())
+        axes.set(title=title, xlabel=x_label, ylabel=y_label)
+        axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120, metadata={"Software": None})         # the same bytes each time
+
+
+def plot_losses(log, path):
+    """The lines of train.py's log -> a picture of the loss over the steps, all and in four bins of t."""
+    series = {"all": [(line["step"], line["loss"], None, None) for line in log]}
+    for k in range(4):
+        name = f"t from {k / 4} to {(k + 1) / 4}"
+        series[name] = [(line["step"], line["loss_by_t"][k] or math.nan, None, None) for line in log]
+    line_charts([("training loss by time: t = 0 is noise, 1 the image", "step", "loss", series)], path)

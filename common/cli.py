@@ -1,0 +1,54 @@
+"""Flags and commands: one line for whatever is wrong with them."""
+import argparse
+import math
+import sys
+from pathlib import Path
+
+from common.files import InputError
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose error is one line, without the usage."""
+
+    def error(self, message):
+        sys.exit(f"{Path(sys.argv[0]).name}: {message}")
+
+
+def parser(doc):
+    """A Parser that shows the docstring of a script as it is written."""
+    return Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def add_command(commands, function):
+    """A subcommand of the function's name, with its docstring as help."""
+    help_line = function.__doc__.split("\n")[0]
+    command = commands.add_parser(function.__name__, help=help_line, description=function.__doc__,
+                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    command.set_defaults(run=function)
+    return command
+
+
+def number(kind, low=-math.inf, high=math.inf, above=False):
+    """The type of a flag: an int or a float in [low, high], or in (low, high] if `above`."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high or (above and value == low):
+            raise argparse.ArgumentTypeError(f"{text} is not in {'(' if above else '['}{low}, {high}]")
+        return value
+    parse.__name__ = {int: "whole number", float: "number"}[kind]  # shown in argparse's message
+    return parse
+
+
+COUNT = number(int, 1)
+NONE_OR_MORE = number(int, 0)
+SHARE = number(float, 0, 1)
+POSITIVE = number(float, 0, above=True)
+ZERO_OR_MORE = number(float, 0)
+
+
+def run_script(main):
+    """Run a script's main(); an InputError becomes one line and exit code 1."""
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")

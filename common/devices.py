@@ -1,0 +1,42 @@
+"""Which device, which precision, which of several processes."""
+import os
+
+import torch
+import torch.distributed as dist
+
+
+def processes():
+    """-> rank of this process, number of processes (as torchrun says), device of this process."""
+    # cuDNN's attention is reported to plan anew for every length, and in training nearly every row has its
+    # own (unmeasured)
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if not torch.cuda.is_available():
+        return rank, world, torch.device("cpu")
+    return rank, world, torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def is_first():
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def fast_bf16(device):
+    """Is the device fast at bf16 matrix products? CUDA, and CPUs with matrix units for it."""
+    return torch.device(device).type == "cuda" or getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+
+
+def autocast(device, enabled=True):
+    """bf16 matrix products where the device is fast at them and `enabled`; float32 elsewhere."""
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled and fast_bf16(device))
+
+
+def compile_blocks(model):
+    """Let torch.compile fuse what a Transformer's block does between its matrix products.
+
+    One graph serves all lengths, but each order of text and images needs its own; past the limit the rest is
+    not compiled.
+    """
+    torch._dynamo.config.recompile_limit = 64
+    for block in model.llm.layers:
+        block.forward = torch.compile(block.forward, dynamic=True)

@@ -1,0 +1,171 @@
+"""Files in and out. Every reader says in one line what is wrong with a file; every writer leaves the old
+file or the new one, never half of one."""
+import importlib
+import json
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong. The scripts print it as one line, without a traceback."""
+
+
+def optional(name):
+    """Import a package that only some commands need; InputError says how to install it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        package = name.split(".")[0]
+        raise InputError(f"this needs the optional package {package}: pip install {package}") from None
+
+
+def decode(raw, first_line=1):
+    """bytes of UTF-8, with or without a byte order mark -> str; InputError names the first byte that is not
+    UTF-8."""
+    if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise InputError("this is UTF-16 text; save it as UTF-8")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = first_line + raw[:error.start].count(b"\n")
+        column = error.start - raw.rfind(b"\n", 0, error.start)
+        raise InputError(f"not UTF-8 text: byte 0x{raw[error.start]:02x} at line {line}, byte {column}; "
+                         f"save it as UTF-8") from None
+
+
+def parse_json(text):
+    """The value of a JSON text, or InputError."""
+    try:
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode()                 # fails on half of a surrogate pair
+        return value
+    except RecursionError:
+        raise InputError("not JSON that can be read: it is nested too deeply") from None
+    except UnicodeEncodeError:
+        raise InputError("not text: it has half of a surrogate pair, such as half of an emoji") from None
+    except ValueError as error:
+        raise InputError(f"not JSON ({error})") from None
+
+
+def read_bytes(path, hint=""):
+    """All bytes of a file, or InputError; `hint` says where such a file comes from."""
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        reason = "there is no such file" if isinstance(error, FileNotFoundError) else error.strerror
+        raise InputError(f"{path}: {reason}. {hint}".rstrip(". ")) from None
+
+
+def read_json(path, kind=dict, hint=""):
+    """A JSON file that holds a value of type `kind`."""
+    raw = read_bytes(path, hint)
+    try:
+        value = parse_json(decode(raw))
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    if not isinstance(value, kind):
+        raise InputError(f"{path}: a JSON {kind.__name__} is expected, this is a {type(value).__name__}")
+    return value
+
+
+def read_jsonl(path, hint=""):
+    """Yield (line number, dict or InputError) for each line of a JSONL file that is not blank."""
+    for number, line in enumerate(read_bytes(path, hint).split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            value = parse_json(decode(line, number))
+        except InputError as error:
+            value = error
+        if not isinstance(value, (dict, InputError)):
+            value = InputError(f"a row is a JSON object, this is {type(value).__name__}")
+        yield number, value
+        if line[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            return                                                     # UTF-16: said once, not for every line
+
+
+def rows_of(path, hint=""):
+    """The lines of a JSONL file as [(line number, dict)]; the first bad one raises, with its line number."""
+    rows = []
+    for number, row in read_jsonl(path, hint):
+        if isinstance(row, InputError):
+            raise InputError(f"{path}:{number}: {row}")
+        rows.append((number, row))
+    return rows
+
+
+@contextmanager
+def writing(path, mode="w"):
+    """Open a file that replaces `path` only when it is whole and on disk; a failure leaves what was there,
+    and no rest."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    with writing(path) as file:
+        file.write(text)
+
+
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=1))
+
+
+def write_jsonl(path, records):
+    write_text(path, "".join(json.dumps(record) + "\n" for record in records))
+
+
+def make_folder(path):
+    """A folder that can be written to, made if need be: found out before the work, not after it."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        probe = Path(path) / ".probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"{path}: cannot write there ({error.strerror})") from None
+    return Path(path)
+
+
+def append(path, record):
+    """Add one line to a JSONL file; on return it is on disk."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def finished(path, cut=False):
+    """The records of a JSONL file that `append` wrote, as a list, without what a killed run left of a last
+    line.
+
+    cut: remove that rest from the file too, before more is appended. Only the process that writes the file
+    may.
+    """
+    path = Path(path)
+    if not path.exists():
+        return []
+    raw = read_bytes(path)
+    end = raw.rfind(b"\n") + 1
+    if cut and end < len(raw):
+        with open(path, "r+b") as file:
+            file.truncate(end)
+    records = []
+    for number, line in enumerate(raw[:end].splitlines(), 1):
+        try:
+            records.append(parse_json(decode(line, number)))
+        except InputError as error:
+            raise InputError(f"{path}:{number}: {error}") from None
+    return records

@@ -1,0 +1,77 @@
+"""Pictures in and out: any still image as RGB, and contact sheets."""
+import itertools
+import warnings
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageOps
+
+from common.files import InputError, writing
+
+MOST_PIXELS = 2**26                       # 67 megapixels, 8192 x 8192: more is refused before it is decoded
+
+
+def open_image(path):
+    """Any still image that Pillow reads, as an upright RGB Image; alpha goes onto white, 16 bits become 8."""
+    try:
+        with warnings.catch_warnings():                                # Pillow's limit is looser than ours
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(path)
+        with image:
+            if image.width * image.height > MOST_PIXELS:
+                raise InputError(f"{path}: {image.width} x {image.height} pixels are too many to decode "
+                                 f"safely; at most {MOST_PIXELS}. Scale it down first.")
+            if getattr(image, "n_frames", 1) > 1:
+                raise InputError(f"{path}: an animation of {image.n_frames} frames; a still image is needed. "
+                                 f"Save one frame of it.")
+            return upright_rgb(image)
+    except FileNotFoundError:
+        raise InputError(f"{path}: there is no such image") from None
+    except Image.DecompressionBombError:
+        raise InputError(f"{path}: too many pixels to decode safely; at most {MOST_PIXELS}. "
+                         f"Scale it down first.") from None
+    except InputError:
+        raise
+    except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow raises on broken files
+        raise InputError(f"{path}: not an image that can be read ({error})") from None
+
+
+def upright_rgb(image):
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16-bit gray: Pillow's own conversion clips it
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def save_image(image, path):
+    """Write (h, w, 3) uint8, or an Image, as .png or .jpg, by the name of the file."""
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    with writing(path, "wb") as file:
+        image.save(file, "JPEG" if str(path).lower().endswith((".jpg", ".jpeg")) else "PNG", quality=95)
+
+
+def sheet(rows, path, scale=1, pad=4, title=""):
+    """Save a table of images with captions: rows of (image (h, w, 3) uint8, caption, framed), or None for an
+    empty place."""
+    cells = [cell for row in rows for cell in row if cell]
+    height = max(image.shape[0] for image, _, _ in cells) * scale
+    width = max(image.shape[1] for image, _, _ in cells) * scale
+    text = [14 * (1 + max(cell[1].count("\n") for cell in row if cell)) for row in rows]
+    tops = list(itertools.accumulate((height + own + pad for own in text), initial=pad + 18 * bool(title)))
+    page = Image.new("RGB", (max(map(len, rows)) * (width + pad) + pad, tops[-1]), "white")
+    pen = ImageDraw.Draw(page)
+    pen.text((pad, pad), title, fill="black")
+    for row, y in zip(rows, tops):
+        for column, cell in enumerate(row):
+            if cell is None:
+                continue
+            image, caption, framed = cell
+            x = pad + column * (width + pad)
+            size = (image.shape[1] * scale, image.shape[0] * scale)
+            page.paste(Image.fromarray(image).resize(size, Image.Resampling.NEAREST), (x, y))
+            if framed:
+                pen.rectangle([x - 2, y - 2, x + width + 1, y + height + 1], outline="red", width=2)
+            pen.multiline_text((x, y + height + 1), caption, fill="black", spacing=2)
+    save_image(page, path)

@@ -1,0 +1,65 @@
+"""What a run costs: floating-point operations of a forward, memory of a training step, how much a GPU can
+do."""
+from itertools import groupby
+
+from common.files import InputError
+from model import PADDING, TEXT
+
+# dense bf16
+PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100": 989, "A100": 312, "L40": 181, "RTX 4090": 165, "A10": 125}
+
+
+def peak_tflops(name):
+    """Dense bf16 peak of a GPU by its name, or None."""
+    return next((peak for gpu, peak in PEAK_TFLOPS.items() if gpu in name), None)
+
+
+def flops(cfg, kind, N):
+    """Floating-point operations of one forward: kind (L,) of one row, N target tokens. A training step costs
+    three."""
+    pairs = 0                                                          # of a query and a key it may look at
+    L = 0
+    for value, run in groupby(kind[kind != PADDING].tolist()):
+        n = len(list(run))
+        pairs += n * (L + n) if value > TEXT else n * L + n * (n + 1) // 2
+        L += n
+    D = cfg.width
+    qkv = 6 * D * D                                                    # of one token in one layer
+    rest = 2 * D * D + 6 * D * cfg.mlp
+    # the condition needs only keys and values of the last layer
+    condition = L * (cfg.layers * qkv + (cfg.layers - 1) * rest) + (cfg.layers - 1) * 4 * D * pairs
+    target = cfg.layers * ((1 + N) * (qkv + rest) + 4 * D * (L + 1 + N * (L + 1 + N)))
+    return condition + target + 4 * N * D * cfg.channels * cfg.patch**2
+
+
+def memory(cfg, parameters, tokens, averaged, world, recomputed):
+    """About how many bytes a GPU needs when FSDP2 shares the parameters over `world` GPUs, `tokens` run at
+    once and so many blocks are recomputed: optimizer states, a few gathered blocks, activations. Not
+    counted: the allocator's losses."""
+    states = (16 + 4 * averaged) * parameters / world          # float32 weights, gradients, two moments, mean
+    gathered = 3 * 2 * parameters / cfg.layers             # bf16 of the running block, the next, its gradient
+    inside = 2 * (11 * cfg.width + 4 * cfg.mlp)                # what the backward of a block needs of a token
+    # a recomputed block keeps its input alone, but one of them at a time has everything
+    kept = recomputed * 2 * cfg.width + min(cfg.layers, cfg.layers - recomputed + 1) * inside
+    return states + gathered + tokens * kept
+
+
+def blocks_to_recompute(cfg, parameters, tokens, averaged, world, available, wanted=None):
+    """-> number of blocks to recompute in the backward: `wanted`, or as few as `available` bytes ask for
+    (None: no limit).
+
+    Prints the estimate; InputError if even that does not fit.
+    """
+    needs = [memory(cfg, parameters, tokens, averaged, world, blocks) for blocks in range(cfg.layers + 1)]
+    if wanted is None:
+        # the rest is for the allocator's losses, which are not in the estimate
+        limit = 0.8 * available if available else float("inf")
+        wanted = next((blocks for blocks, need in enumerate(needs) if need < limit), cfg.layers)
+    wanted = min(wanted, cfg.layers)
+    has = f", of {available / 1e9:.1f} GB there" if available else ""
+    report = (f"memory: about {needs[wanted] / 1e9:.1f} GB on each of {world} devices{has}, with {wanted} of "
+              f"{cfg.layers} blocks recomputed (--checkpointing); {needs[0] / 1e9:.1f} GB with none, "
+              f"{needs[-1] / 1e9:.1f} GB with all")
+    if available and needs[wanted] > available:
+        raise InputError(f"{report}: take more GPUs, a smaller --micro-batch or --size, more --checkpointing")
+    return wanted, report

@@ -1,0 +1,1 @@
+"""The toy world: drawn scenes whose edits can be judged exactly."""
