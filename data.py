@@ -222,8 +222,7 @@ def make_prompt(tokenizer, instruction, n_images=0, plan=(), pauses=0):
 
 
 def place_images(instruction, n, images_first=True):
-    """Check the image tags <|image_1|> ... <|image_n|> of an instruction; without any, put all images first
-    or last."""
+    """Check the image tags <|image_1|> ... <|image_n|>; without any, put all images first, or last."""
     tags = {int(k) for k in re.findall(TAG, instruction)}
     if not tags and n:
         images = " ".join(image_tag(k) for k in range(1, n + 1))
@@ -239,8 +238,7 @@ def image_tag(k):
 
 
 def tokenize(tokenizer, prompt, sizes):
-    """prompt, number of tokens of each image -> ids and kind (lists of length L), order of the images by
-    their tags."""
+    """prompt, tokens of each image -> ids and kind, lists of length L; the order of the images."""
     text, *rest = re.split(TAG, tokenizer.template.replace("{}", prompt))
     ids = tokenizer.encode(text)
     kind = [TEXT] * len(ids)
@@ -261,8 +259,7 @@ def tokenize(tokenizer, prompt, sizes):
 
 
 def make_condition(tokenizer, prompts, images, patch):
-    """prompts: a text per row; images: a list of (C, h, w) per row, in the order of their numbers ->
-    Condition."""
+    """prompts: a text per row; images: per row a list of (C, h, w), by their numbers -> Condition."""
     rows = []
     placed = []
     for prompt, own in zip(prompts, images):
@@ -324,8 +321,7 @@ def training_prompt(tokenizer, sample, rng, p_drop, p_plan, p_masked_source):
 
 
 def make_batch(dataset, indices, tokenizer, patch, seed, p_drop, p_plan, p_masked_source):
-    """The samples of these indices, with targets of one size, as a Batch. Its randomness comes from (seed,
-    index)."""
+    """The samples of these indices, their targets of one size -> Batch. Random by (seed, index) alone."""
     targets, sources, edit, seeds, prompts, images = [], [], [], [], [], []
     for index in indices:
         sample = dataset.sample(index)
@@ -343,8 +339,7 @@ def make_batch(dataset, indices, tokenizer, patch, seed, p_drop, p_plan, p_maske
 
 
 def micro_batches(dataset, size):
-    """Cut an endless data set into tuples of `size` indices whose targets have one shape, in the order they
-    fill up."""
+    """Cut an endless data set into tuples of `size` indices, targets of one shape, as they fill up."""
     waiting = {}                          # shape -> indices
     for index in itertools.count():
         group = waiting.setdefault(tuple(dataset.bucket(index)), [])

@@ -29,14 +29,12 @@ class Draws(NamedTuple):
 
 
 def sample_t(generator, mean=0.0):
-    """Logit-normal time, (): sigmoid of a normal of deviation 1. OmniGen has mean 0; below 0 there is more
-    noise."""
+    """Logit-normal time, (): sigmoid of a normal of deviation 1. OmniGen has mean 0; below, more noise."""
     return (torch.randn((), generator=generator) + mean).sigmoid()
 
 
 def draw(shape, tokens, seeds, t_mean=0.0):
-    """Draws for one sample per seed; shape = (C, h, w). Masked or not, a sample has the same noise and
-    time."""
+    """Draws for one sample per seed; shape = (C, h, w). Noise and time do not depend on the masking."""
     rows = []
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
@@ -122,8 +120,7 @@ def magd_loss(model, x1, condition, draws, p_magd=0.0, tau=0.7, r_mask=0.25, mas
 
 
 def prediction_error(output, x1, x0, t, prediction):
-    """What the loss squares, (B, C, h, w): the velocity's error; for `noise` the noise's, as in Eq. 3 and
-    5."""
+    """What the loss squares, (B, C, h, w): the error of the velocity, or of the noise (Eq. 3, 5)."""
     if prediction == "noise":
         return output - x0
     if prediction == "x":                 # of the velocity times 1 - t; the bound is that of velocity()
@@ -132,8 +129,7 @@ def prediction_error(output, x1, x0, t, prediction):
 
 
 def velocity(output, x_t, t, prediction):
-    """The velocity dx_t/dt = x1 - x0 that an output implies, for the sampler. The bounds avoid dividing by
-    0."""
+    """The velocity dx_t/dt = x1 - x0 that an output implies, for the sampler."""
     t = t[:, None, None, None]
     if prediction == "noise":             # x1 = (x_t - (1 - t) x0) / t
         return (x_t - output) / t.clamp(min=0.02)

@@ -10,24 +10,22 @@ as it was? exact: both, in full. On the toy the oracle (toy/oracle.py) reads the
 and output alone; it never looks at the target. For photographs CLIP-Dir stands for adherence and DINO for
 faithfulness.
 """
-import json
 import math
 import time
 from pathlib import Path
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
 from common.charts import line_charts
-from common.cli import COUNT, NONE_OR_MORE, add_command, parser, run_script
+from common.cli import COUNT, NONE_OR_MORE, add_command, parser, run_script, two_times
 from common.devices import processes
 from common.files import InputError, finished, make_folder, write_json, write_jsonl, write_text
 from common.images import open_image
 from data import Shapes, make_prompt, to_array, to_tensor
 from pretrained.encoders import clip_pixels, dino_pixels, direction, direction_pixels, load_clip, load_dino
-from sample import best, generate, load_checkpoint, noise, two_times
+from sample import best, generate, load_checkpoint, noise
 from toy.oracle import judge
 from toy.world import CAPTIONS, EDITS, WORLDS
 
@@ -40,12 +38,10 @@ EDIT_METRICS = ("clip_i", "dino", "clip_t", "clip_dir", "l1", "l2", "copied")
 def evaluate(model, tokenizer, dataset, indices, steps=20, text_scale=1.0, image_scale=1.0,
              interval=(0.0, 1.0), pauses=0, plans=False, seed=0, batch=128, device="cpu", bf16=True,
              progress=True):
-    """Edit the samples of these indices and let the oracle judge -> a list of dicts: task, complexity,
-    scores, sample, output.
+    """Edit the samples of these indices, judged by the oracle -> task, complexity, scores, sample, output.
 
     The noise is a function of the index and of `seed`: models, pause counts and guidance are compared on the
-    same noise. plans: each instruction is followed by its plan, as in training (Eq. 7); the paper's editor
-    never gets one.
+    same noise. plans: each instruction is followed by its plan (Eq. 7); the paper's editor never gets one.
     """
     size = dataset.world.size
     rows = []
@@ -95,8 +91,7 @@ def toy_model(path, device="cpu"):
 
 
 def toy(flags):
-    """Table by task and complexity of a toy model on both held-out sets, between the two ends of the
-    scale."""
+    """Table by task and complexity of a toy model on both held-out sets, between both ends of the scale."""
     device = processes()[2]
     model, tokenizer, trained = toy_model(flags.ckpt, device)
     world = flags.data or trained["data"]
@@ -126,8 +121,7 @@ def toy(flags):
 
 
 def ends_of_the_scale(world, rows):
-    """Scores of the source unchanged and of the true target in the place of the output, of the edits among
-    the rows."""
+    """Scores of the unchanged source and of the true target in the place of the output."""
     samples = [row["sample"] for row in rows if row["sample"].images]
     if not samples:
         return []
@@ -140,8 +134,7 @@ def ends_of_the_scale(world, rows):
 # ------------------------------------------------------------------------------------------- real edits
 
 def read_results(folder, scored=True):
-    """The lines that sample.py --data wrote (scored: that `score` wrote, where it has run), in a fixed
-    order."""
+    """The lines that sample.py --data wrote (scored: that `score` wrote, if it ran), in a fixed order."""
     edits = [(file, row) for file in sorted(Path(folder).glob("results*.jsonl")) for row in finished(file)]
     scores = Path(folder) / "scores.jsonl"
     rows = edits
@@ -166,8 +159,7 @@ def distance(image, reference):
 
 
 def edit_metrics(row, folder, clip, tokenizer, dino, against, device):
-    """The metrics of one row of results; those of the source in the place of the output; number of captions
-    cut.
+    """Metrics of a row of results; those of the source in the place of the output; number of captions cut.
 
     against: what CLIP-I, DINO, L1 and L2 compare the output with, "target" (MagicBrush) or "source"
     (Emu-Edit). A metric that is not defined for a row is None: without a reference, a source or a caption,
@@ -231,8 +223,7 @@ def markdown(header, lines):
 
 
 def score(flags):
-    """CLIP-I, DINO, CLIP-T, CLIP-Dir, L1, L2 and the share of copies, by task, beside the unchanged
-    source."""
+    """CLIP-I, DINO, CLIP-T, CLIP-Dir, L1, L2, share of copies, by task, beside the unchanged source."""
     device = processes()[2]
     folder = make_folder(flags.folder)
     clip, tokenizer = load_clip(flags.clip, device)
@@ -259,7 +250,8 @@ def score(flags):
     text = markdown(["group", "number", *EDIT_METRICS], lines) + f"""
 
 - clip_i: cosine of image features, {encoder}, shorter side 224 bicubic, centre crop; output against {against}
-- dino: cosine of CLS features, {Path(flags.dino).name}, shorter side 256, crop 224; against the {against}
+- dino: cosine of CLS features, {Path(flags.dino).name}, shorter side 256 bicubic, centre crop 224;
+  output against {against}
 - clip_t: cosine of output and target_caption, {encoder}, shorter side 224 bicubic, centre crop
 - clip_dir: cosine of the change of image and captions, {encoder}, bicubic straight to a square; undefined for
   {undefined} of {len(done)} (no or equal captions, no source)
@@ -356,8 +348,7 @@ def candidate_sets(rows, adherence, faithfulness):
 
 
 def select(flags):
-    """Table 3 of the paper over a folder of candidates: pause counts, as many seeds (the control), each
-    count alone."""
+    """Table 3: pause counts, as many seeds (the control), and each count alone, over a folder."""
     folder = make_folder(flags.folder)
     rows = read_results(folder)
     on_toy = "adherence" in rows[0]

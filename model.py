@@ -201,8 +201,7 @@ def patchify(x, P):
 
 
 def position_table(cfg):
-    """(grid**2, D) sin-cos positions: the first half of the channels is the column, the second half the
-    row."""
+    """(grid**2, D) sin-cos positions: the column in the first half of the channels, the row in the second."""
     position = torch.arange(cfg.grid, dtype=torch.float64) * cfg.grid_step          # (grid,)
     frequency = 10000.0 ** (-torch.arange(cfg.width // 4, dtype=torch.float64) / (cfg.width // 4))
     angle = position[:, None] * frequency                                           # (grid, D/4)
@@ -309,8 +308,7 @@ class Transformer(nn.Module):
         return table.flatten(0, 1).to(self.x_embedder.proj.weight.dtype)
 
     def rope(self, position, long):
-        """position (B, L); long (B,), whether a row takes the long factors -> cos and signed sin, (B, 1, L,
-        E) float32."""
+        """position (B, L); long (B,), rows of the long factors -> cos and signed sin, (B, 1, L, E)."""
         cfg = self.cfg
         half = cfg.width // cfg.heads // 2
         exponent = -torch.arange(half, device=position.device, dtype=torch.float32) / half

@@ -9,7 +9,6 @@ Euler steps along the flow, three-branch guidance, one encoding of the condition
 number of pause tokens and each seed, of which one is selected. Writes the chosen image, a contact sheet of
 all candidates, and a JSON line for each.
 """
-import argparse
 import itertools
 import json
 import math
@@ -24,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 import magd
-from common.cli import COUNT, ZERO_OR_MORE, parser, run_script
+from common.cli import COUNT, numbers, parser, run_script, two_times, width_and_height
 from common.devices import autocast, compile_blocks, is_first, processes
 from common.files import InputError, append, finished, make_folder, write_jsonl
 from common.images import open_image, save_image, sheet
@@ -183,8 +182,7 @@ def open_source(path, size):
 
 
 def edit(editor, flags, sources, instruction, pauses, seed, device, progress=True):
-    """One candidate: the sources (h, w, 3) uint8 edited by the instruction -> (h, w, 3) uint8, its number of
-    tokens."""
+    """Edit the sources (h, w, 3) uint8 by the instruction -> (h, w, 3) uint8, its number of tokens."""
     images = [to_tensor(source) for source in sources]
     if sources:
         height, width, _ = sources[0].shape
@@ -237,8 +235,7 @@ def preview(editor, dataset, path, flags, device, n=8):
 # ------------------------------------------------------------------------------------------- a file
 
 def output_path(out, row, number, pauses, seed):
-    """Where an output goes: what the row says in save_as, for the scorer of a benchmark, or a folder a
-    candidate."""
+    """Where an output goes: save_as of the row, which a scorer expects, or a folder for each candidate."""
     name = row.get("save_as", "pauses{pauses}_seed{seed}/" + f"{number:05d}.png")
     path = out / name.format(pauses=pauses, seed=seed)
     if not path.resolve().is_relative_to(out.resolve()):
@@ -347,34 +344,6 @@ def caption(record):
 
 
 # ------------------------------------------------------------------------------------------- the command
-
-def numbers(text):
-    try:
-        values = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 0,8,16,32") from None
-    if min(values) < 0 or max(values) > 4096:
-        raise argparse.ArgumentTypeError(f"{text!r}: each number should be from 0 to 4096")
-    return values
-
-
-def two_times(text):
-    try:
-        low, high = (float(part) for part in text.split(","))
-    except ValueError:
-        low = high = math.nan
-    if not 0 <= low <= high <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not two times from 0 (noise) to 1, such as 0.1,0.6")
-    return low, high
-
-
-def width_and_height(text):
-    sides = text.split("x")
-    good = all(side.isdecimal() and int(side) > 0 and int(side) % 16 == 0 for side in sides)
-    if len(sides) != 2 or not good:
-        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT in multiples of 16, such as 1024x768")
-    return [int(side) for side in sides]
-
 
 def parse_flags():
     p = parser(__doc__)

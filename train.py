@@ -21,7 +21,6 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict
-from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,7 +33,7 @@ from tqdm import tqdm
 import magd
 from common.charts import plot_losses
 from common.cli import COUNT, NONE_OR_MORE, POSITIVE, SHARE, ZERO_OR_MORE, Parser, run_script
-from common.devices import autocast, compile_blocks, fast_bf16, processes
+from common.devices import autocast, compile_blocks, fast_bf16, start_processes
 from common.files import InputError, append, finished, make_folder, write_json, write_jsonl
 from common.muon import Muon
 from common.statistics import add_batch, log_line, new_sums
@@ -175,19 +174,6 @@ class Setup(NamedTuple):
     words: list | None                    # the vocabulary, for the checkpoint; OmniGen has its tokenizer.json
 
 
-def start_processes(omnigen):
-    """-> rank, number of processes, device."""
-    rank, world, device = processes()
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    if world > 1:                                        # the others wait while the first writes a checkpoint
-        dist.init_process_group(backend, timeout=timedelta(hours=1))
-    elif omnigen:                                    # FSDP2 over one process is how OmniGen trains on one GPU
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    return rank, world, device
-
-
 def set_up_toy(flags, world, device, resumed):
     """A model in pixels, from scratch or from a checkpoint; data parallel (DDP)."""
     dataset = open_data(flags.data, "train", flags.size, flags.seed)
@@ -231,8 +217,7 @@ def make_mask_tokens(flags, cfg, device):
 
 
 def start_from(model, tokenizer, path):
-    """Fill a fresh model with the averaged weights of a checkpoint, which has to hold a model of the same
-    kind."""
+    """Fill a fresh model with the averaged weights of a checkpoint, which has to be of the same kind."""
     other, _ = load_checkpoint(path)
     differ = [f"{key} {value} instead of {getattr(model.cfg, key)}"
               for key, value in asdict(other.model.cfg).items() if value != getattr(model.cfg, key)]
@@ -302,8 +287,7 @@ def describe(flags, setup, items, micro, accumulate, world, device, say):
 
 
 def held_out_scores(setup, flags, rank, world, device, say):
-    """Edits of both held-out sets, judged by the oracle, shared out over the processes -> {split:
-    breakdown}."""
+    """Edits of both held-out sets, shared out over the processes -> {split: breakdown}."""
     result = {}
     for split in ("iid", "novel"):
         dataset = Shapes(flags.data, split, flags.seed)
@@ -326,7 +310,7 @@ def held_out_scores(setup, flags, rank, world, device, say):
 def main():
     flags = parse_flags()
     omnigen = flags.preset == "omnigen"
-    rank, world, device = start_processes(omnigen)
+    rank, world, device = start_processes(sharded=omnigen)
     say = print if rank == 0 else lambda *_: None
     micro = flags.micro_batch or max(1, flags.batch // world)
     accumulate = flags.batch // (world * micro)

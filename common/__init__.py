@@ -1,2 +1,1 @@
-"""Plumbing: files, flags, images, devices, the fast attention path, the optimizer. The method can be read
-without it."""
+"""Plumbing: files, flags, images, devices, fast attention, the optimizer. Read the method without it."""

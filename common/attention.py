@@ -18,8 +18,7 @@ LONG = 1000                              # tokens: longer rows of different layo
 
 
 class Run(NamedTuple):
-    """The queries start:stop look at the keys up to `keys`; attend masks some of them, True = may look, or
-    is None."""
+    """Queries start:stop look at the keys up to `keys`: all, or those where `attend` is True."""
     start: int
     stop: int
     keys: int
@@ -34,8 +33,7 @@ class Rows(NamedTuple):
 
 
 def attention_runs(kind, L, device, rule):
-    """-> [Rows] for a sequence of kind (B, S) whose first L tokens are the condition. rule(kind) is the
-    dense mask."""
+    """kind (B, S), of which L tokens are the condition -> [Rows]. rule(kind) is the dense mask."""
     S = kind.shape[1]
     ragged = bool((kind != kind[:1]).any() or (kind < 0).any())
     if ragged and S < LONG:
@@ -69,8 +67,7 @@ def queries(all_rows, start, stop):
 
 
 def attend_to(q, k, v, attend):
-    """softmax(q k^T / sqrt(E)) v with attend (broadcastable to (B, H, queries, keys)) or None, True = may
-    look."""
+    """softmax(q k^T / sqrt(E)) v. attend broadcasts to (B, H, queries, keys), True = may look, or is None."""
     if q.device.type == "cpu" and k.shape[2] <= 128:       # torch's fused kernel is slow here
         scores = (q * q.shape[-1]**-0.5) @ k.transpose(2, 3)                        # (B, H, queries, keys)
         if attend is not None:                                      # a sum costs nothing in the backward
@@ -80,8 +77,7 @@ def attend_to(q, k, v, attend):
 
 
 def attention(q, k, v, all_rows):
-    """q (B, H, queries, E), k and v (B, H, keys, E) -> (B, H, queries, E), attending as the runs of all_rows
-    say."""
+    """q (B, H, queries, E), k and v (B, H, keys, E) -> (B, H, queries, E), along the runs of all_rows."""
     outs = []
     for which, padding, runs in all_rows:
         out = []

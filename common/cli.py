@@ -46,6 +46,34 @@ POSITIVE = number(float, 0, above=True)
 ZERO_OR_MORE = number(float, 0)
 
 
+def numbers(text):
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 0,8,16,32") from None
+    if min(values) < 0 or max(values) > 4096:
+        raise argparse.ArgumentTypeError(f"{text!r}: each number should be from 0 to 4096")
+    return values
+
+
+def two_times(text):
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        low = high = math.nan
+    if not 0 <= low <= high <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not two times from 0 (noise) to 1, such as 0.1,0.6")
+    return low, high
+
+
+def width_and_height(text):
+    sides = text.split("x")
+    good = all(side.isdecimal() and int(side) > 0 and int(side) % 16 == 0 for side in sides)
+    if len(sides) != 2 or not good:
+        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT in multiples of 16, such as 1024x768")
+    return [int(side) for side in sides]
+
+
 def run_script(main):
     """Run a script's main(); an InputError becomes one line and exit code 1."""
     try:

@@ -1,5 +1,6 @@
 """Which device, which precision, which of several processes."""
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,19 @@ def processes():
     if not torch.cuda.is_available():
         return rank, world, torch.device("cpu")
     return rank, world, torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def start_processes(sharded):
+    """`processes`, and the group that exchanges gradients; sharded: for one process too, as FSDP2 needs."""
+    rank, world, device = processes()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if world > 1:                                        # the others wait while the first writes a checkpoint
+        dist.init_process_group(backend, timeout=timedelta(hours=1))
+    elif sharded:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return rank, world, device
 
 
 def is_first():

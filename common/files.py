@@ -21,8 +21,7 @@ def optional(name):
 
 
 def decode(raw, first_line=1):
-    """bytes of UTF-8, with or without a byte order mark -> str; InputError names the first byte that is not
-    UTF-8."""
+    """bytes of UTF-8, with or without a byte order mark -> str. InputError names the first bad byte."""
     if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise InputError("this is UTF-16 text; save it as UTF-8")
     try:
@@ -97,8 +96,7 @@ def rows_of(path, hint=""):
 
 @contextmanager
 def writing(path, mode="w"):
-    """Open a file that replaces `path` only when it is whole and on disk; a failure leaves what was there,
-    and no rest."""
+    """Open a file that takes the place of `path` when it is whole and on disk; a failure leaves nothing."""
     path = Path(path)
     temporary = path.with_name(f"{path.name}.tmp")
     try:
@@ -133,7 +131,7 @@ def make_folder(path):
         Path(path).mkdir(parents=True, exist_ok=True)
         probe = Path(path) / ".probe"
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)                                  # another process may be faster
     except OSError as error:
         raise InputError(f"{path}: cannot write there ({error.strerror})") from None
     return Path(path)

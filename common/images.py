@@ -53,8 +53,7 @@ def save_image(image, path):
 
 
 def sheet(rows, path, scale=1, pad=4, title=""):
-    """Save a table of images with captions: rows of (image (h, w, 3) uint8, caption, framed), or None for an
-    empty place."""
+    """Save a table of images: rows of (image (h, w, 3) uint8, caption, framed), None for an empty place."""
     cells = [cell for row in rows for cell in row if cell]
     height = max(image.shape[0] for image, _, _ in cells) * scale
     width = max(image.shape[1] for image, _, _ in cells) * scale

@@ -32,8 +32,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(x):
-    """Matrices (n, rows, columns) with their singular values moved towards 1, by five steps of
-    Newton-Schulz."""
+    """Matrices (n, rows, columns), their singular values moved towards 1 by five steps of Newton-Schulz."""
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)

@@ -8,8 +8,7 @@ from common.files import InputError
 
 
 def new_sums(device):
-    """Sums since the last line of the log; loss and number of samples in four bins of t, from noise to
-    image."""
+    """Sums since the last line of the log; loss and samples in four bins of t, from noise to image."""
     sums = {"loss": torch.zeros(4, device=device), "samples": torch.zeros(4, device=device)}
     for name in ("masked_samples", "masked_tokens", "grad_norm", "tflop", "stop"):
         sums[name] = torch.zeros((), device=device)

@@ -1,14 +1,11 @@
 """How fast is the transformer, and how does its cost grow? A table and, with --json FILE, the same as JSON.
 
     python -m experiments.bench            the toy's size and a 384 wide one; on a large GPU OmniGen-v1's too
-    python -m experiments.bench growth     an edit and training of OmniGen-v1, predicted; checked at 384 wide
+    python -m experiments.bench growth     an edit by OmniGen-v1, predicted; the prediction checked at 384 wide
 
 FLOPs count only the pairs of tokens that the attention rule allows. They are set against a matrix product of
-the model's sizes, (tokens, D) x (D, 2 mlp), timed in the same run. Where diffusers is installed, its OmniGen
-transformer is timed too: at every step it runs the whole padded batch of the three branches of guidance under
-a dense mask, where this code encodes the condition once and then runs the target only.
+the model's sizes, (tokens, D) x (D, 2 mlp), timed in the same run.
 """
-import importlib.util
 import statistics
 import time
 
@@ -16,11 +13,11 @@ import torch
 
 from common.cli import COUNT, parser, run_script
 from common.devices import autocast, compile_blocks, fast_bf16
-from common.files import optional, write_json
+from common.files import write_json
 from common.muon import Muon
 from magd import Draws, draw, magd_loss
 from metrics import markdown
-from model import PADDING, TEXT, Condition, Config, Transformer, attention_rule
+from model import PADDING, TEXT, Condition, Config, Transformer
 from pretrained.vae import VAE
 from sample import euler
 from scale.cost import flops
@@ -70,7 +67,7 @@ def edit_flops(cfg, condition, N):
 
 def fresh(cfg, device, dtype):
     """A transformer with random weights, made in place: OmniGen's fits no second copy."""
-    cfg.short_factor = cfg.long_factor = [1.0] * (cfg.width // cfg.heads // 2)     # diffusers wants them
+    cfg.short_factor = cfg.long_factor = [1.0] * (cfg.width // cfg.heads // 2)
     with torch.device("meta"):
         model = Transformer(cfg)
     model = model.to_empty(device=device).to(dtype)
@@ -125,14 +122,14 @@ def speed(name, device, repeats, compiled):
         peak = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else None
         records.append({"size": name, "what": what, "ms": 1000 * took, "first_s": first,
                         "images_per_s": images and images / took, "tflops": work / took / 1e12,
-                        "of_product": work / took / product, "of_diffusers": None, "peak_gb": peak})
+                        "of_product": work / took / product, "peak_gb": peak})
 
     with torch.no_grad(), autocast(device):
         encode, step = edit_flops(cfg, three, N)
         record("encode three branches", lambda: model.encode(three, N), encode)
         cache = model.encode(three, N)
         record("sampling step, three branches", lambda: model.denoise(x[:3], t[:3], cache), step)
-        del cache                                                      # its memory is not that of training
+        cache = None                                                   # its memory is not that of training
     draws = Draws(*(values.to(device) for values in draw(x.shape[1:], N, range(batch))))
 
     def train(optimizers=()):
@@ -154,10 +151,6 @@ def speed(name, device, repeats, compiled):
     if name == "OmniGen-v1":
         edit = whole_edit(model, three, x[:1], N)
         record(f"an edit of {STEPS} steps with the autoencoder", edit, encode + STEPS * step, 1, count=1)
-    if name != "toy" and importlib.util.find_spec("diffusers"):        # last: its memory is not ours
-        other_step, other_train = diffusers_times(cfg, device, dtype, repeats, one, three, x, t, draws.x0)
-        records[1]["of_diffusers"] = records[1]["ms"] / 1000 / other_step
-        records[2]["of_diffusers"] = records[2]["ms"] / 1000 / other_train
     return records
 
 
@@ -180,41 +173,6 @@ def whole_edit(model, condition, noise, N):
     return edit
 
 
-def diffusers_times(cfg, device, dtype, repeats, one, three, x, t, x0):
-    """-> seconds of a sampling step and of a training step of diffusers' transformer at the same sizes."""
-    with torch.device(device):
-        other = optional("diffusers").OmniGenTransformer2DModel(
-            in_channels=cfg.channels, patch_size=cfg.patch, hidden_size=cfg.width, num_layers=cfg.layers,
-            num_attention_heads=cfg.heads, num_key_value_heads=cfg.heads, intermediate_size=cfg.mlp,
-            vocab_size=cfg.vocab, pad_token_id=0, pos_embed_max_size=cfg.grid,
-            rope_scaling={"short_factor": cfg.short_factor, "long_factor": cfg.long_factor}).to(dtype)
-    N = x[0, 0].numel() // cfg.patch**2
-    padded = padded_inputs(three, N, dtype)
-    single = padded_inputs(one, N, dtype)
-
-    def train():
-        other.zero_grad(set_to_none=True)
-        v = other(x[:1].to(dtype), t[:1], **single)[0]
-        (v.float() - (x[:1] - x0)).square().mean().backward()
-    with torch.no_grad(), autocast(device):
-        step, _ = seconds(lambda: other(x[:3].to(dtype), t[:3], **padded), device, repeats)
-    return step, seconds(train, device, repeats)[0]
-
-
-def padded_inputs(condition, N, dtype):
-    """The condition as diffusers' transformer takes it: one padded batch with a dense mask."""
-    device = condition.ids.device
-    B = len(condition.kind)
-    target = condition.kind.max() + 1                                  # one more image
-    kind = torch.cat([condition.kind, torch.full((B, 1), TEXT), target.expand(B, N)], dim=1)     # (B, S)
-    places = {b: [[row.index(1), len(row) - row[::-1].index(1)]]
-              for b, row in enumerate(condition.kind.tolist()) if 1 in row}
-    return {"input_ids": condition.ids, "input_image_sizes": places, "return_dict": False,
-            "input_img_latents": [image.to(dtype) for image in condition.images],
-            "attention_mask": attention_rule(kind).long().to(device),
-            "position_ids": ((kind != PADDING).cumsum(1) - 1).clamp(min=0).to(device)}
-
-
 def cell(value):
     if value is None or isinstance(value, str):
         return value or ""
@@ -222,7 +180,7 @@ def cell(value):
 
 
 def growth(repeats):
-    """What an edit and training of OmniGen-v1 cost, predicted; the prediction checked at 384 wide."""
+    """What an edit by OmniGen-v1 costs, predicted; the prediction checked at 384 wide."""
     full = SIZES["OmniGen-v1"][0]
     small = SIZES["384 wide"][0]
     model = fresh(small, "cpu", torch.float32)
@@ -245,8 +203,6 @@ def growth(repeats):
         rows.append([name, f"{cost[0] / 1e15:.3f}", f"{encode / cost[0]:.1%}", *relative])
     print(markdown(["an edit", "PFLOP", "of it encoding", "relative to the first", "the same, 384 wide",
                     "measured, 384 wide"], rows))
-    print()
-    print(training_on_gpus(full))
 
 
 def edit_seconds(model, condition, image, repeats):
@@ -258,34 +214,6 @@ def edit_seconds(model, condition, image, repeats):
         encode, _ = seconds(lambda: model.encode(condition, N), "cpu", repeats)
         step, _ = seconds(lambda: model.denoise(x, t, cache), "cpu", repeats)
     return encode + STEPS * step
-
-
-def training_on_gpus(cfg):
-    """Arithmetic and traffic of a training step: half edits, 4,096 target tokens, all blocks recomputed."""
-    reached = 0.4 * 989e12                # of an H100, FLOP/s
-    nvlink = 450e9                        # bytes/s of a GPU inside a machine of eight
-    network = 50e9                        # bytes/s of a GPU between machines, 400 Gbit/s
-    edit = flops(cfg, condition_of(cfg, [64], [[(128, 128)]]).kind[0], 4096)
-    caption = flops(cfg, condition_of(cfg, [64], [[]]).kind[0], 4096)
-    sample = 4 * (edit + caption) / 2                                  # the forward runs twice
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in Transformer(cfg).parameters())
-    rows = []
-    for gpus, batch in ((8, 128), (64, 128), (512, 128), (512, 512)):
-        if batch < gpus:
-            refusal = f"does not run: more GPUs than samples, at most {batch}"
-            rows.append([gpus, batch, "-", "-", "-", "-", refusal])
-            continue
-        micro = batch // gpus
-        arithmetic = micro * sample / reached
-        # FSDP2: of each micro-batch the bf16 weights are gathered twice, the float32 gradients scattered once
-        moved = micro * parameters * (2 + 2 + 4) * (gpus - 1) / gpus
-        traffic = moved / (nvlink if gpus <= 8 else network)
-        slower = "hidden behind the arithmetic" if traffic < arithmetic else "the wires decide"
-        states = 16 * parameters / gpus / 1e9
-        rows.append([gpus, batch, micro, f"{arithmetic:.2f}", f"{traffic:.2f}", f"{states:.1f}", slower])
-    return markdown(["GPUs", "batch", "samples each", "arithmetic, s a step", "traffic, s a step",
-                     "GB of states each", ""], rows)
 
 
 def main():

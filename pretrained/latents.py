@@ -38,8 +38,7 @@ def cache_header(vae_folder, size):
 
 
 def bucket(width, height, most):
-    """The (width, height) an image is trained at: no side longer than `most`, multiples of 64, so that
-    batches fill."""
+    """The (width, height) of an image in training: no side above `most`, in steps of 64, so batches fill."""
     factor = min(1, most / max(width, height))
     return tuple(max(64, round(side * factor / 64) * 64) for side in (width, height))
 
@@ -61,8 +60,7 @@ def needed(row, root):
 
 
 def read_cache(folder, header):
-    """-> {key: line of the index}. Processes have an index each; of several lines of a key the newest
-    counts."""
+    """-> {key: line of the index}. Each process has an index; of several lines of a key the newest counts."""
     path = Path(folder) / "cache.json"
     found = read_json(path, dict, "python -m pretrained.latents DATA.jsonl --init omnigen:FOLDER makes it")
     if found != header:

@@ -1,5 +1,4 @@
-"""OmniGen-v1 as released: config.json, weights in and out, its tokenizer and prompt, its preparation of
-images."""
+"""OmniGen-v1 as released: config.json, weights in and out, tokenizer and prompt, how it takes images."""
 import shutil
 from pathlib import Path
 
@@ -52,8 +51,8 @@ def read_config(folder):
     cfg = Config(**sizes, short_factor=rope.get("short_factor"), long_factor=rope.get("long_factor"))
     half = cfg.width // cfg.heads // 2
     if rope and {len(cfg.short_factor), len(cfg.long_factor)} != {half}:
-        raise InputError(f"{path}: {len(cfg.short_factor)} short and {len(cfg.long_factor)} long RoPE factors, "
-                         f"heads of {2 * half} need {half}")
+        raise InputError(f"{path}: {len(cfg.short_factor)} short and {len(cfg.long_factor)} long RoPE "
+                         f"factors; heads of {2 * half} need {half}")
     return cfg
 
 
@@ -101,8 +100,7 @@ def save_omnigen(model, folder):
 
 
 def export(model, source, folder):
-    """save_omnigen, with the autoencoder and the tokenizer of the folder `source`: all that sampling
-    needs."""
+    """save_omnigen, with the autoencoder and tokenizer of the folder `source`: all that sampling needs."""
     save_omnigen(model, folder)
     if is_first():
         shutil.copytree(Path(source) / "vae", Path(folder) / "vae", dirs_exist_ok=True)

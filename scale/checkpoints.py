@@ -1,5 +1,4 @@
-"""Checkpoints of train.py: written whole or not at all, read without running code, the same on any number of
-GPUs."""
+"""Checkpoints of train.py: written whole or not at all, read without running code, for any number of GPUs."""
 from dataclasses import asdict
 from pathlib import Path
 

@@ -1,5 +1,4 @@
-"""What a run costs: floating-point operations of a forward, memory of a training step, how much a GPU can
-do."""
+"""What a run costs: FLOPs of a forward, memory of a training step; what a GPU can do."""
 from itertools import groupby
 
 from common.files import InputError
@@ -15,8 +14,7 @@ def peak_tflops(name):
 
 
 def flops(cfg, kind, N):
-    """Floating-point operations of one forward: kind (L,) of one row, N target tokens. A training step costs
-    three."""
+    """FLOPs of one forward: kind (L,) of one row, N target tokens. A training step costs three forwards."""
     pairs = 0                                                          # of a query and a key it may look at
     L = 0
     for value, run in groupby(kind[kind != PADDING].tolist()):
@@ -45,10 +43,9 @@ def memory(cfg, parameters, tokens, averaged, world, recomputed):
 
 
 def blocks_to_recompute(cfg, parameters, tokens, averaged, world, available, wanted=None):
-    """-> number of blocks to recompute in the backward: `wanted`, or as few as `available` bytes ask for
-    (None: no limit).
+    """-> blocks the backward recomputes, `wanted` or as few as `available` bytes need, and a report.
 
-    Prints the estimate; InputError if even that does not fit.
+    available None: no limit is known. InputError if even that does not fit.
     """
     needs = [memory(cfg, parameters, tokens, averaged, world, blocks) for blocks in range(cfg.layers + 1)]
     if wanted is None:

@@ -12,8 +12,7 @@ from model import Transformer
 
 
 def shard(model, device, bf16):
-    """FSDP2: each process keeps its part of every matrix in float32 and sees a block whole, in bf16, only
-    while it runs."""
+    """FSDP2: a process keeps its part of every matrix, in float32, and sees a block whole while it runs."""
     # about views that are changed in place: here none is
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32,
@@ -29,8 +28,7 @@ def shard(model, device, bf16):
 
 
 def reshard(model):
-    """Let go of gathered weights that a sampling between two steps left behind, and that are no longer the
-    model's."""
+    """Let go of weights that sampling has gathered: between two steps they are the averaged ones."""
     if isinstance(model, FSDPModule):
         model.reshard()
 

@@ -46,8 +46,9 @@ def main():
                                          flags.weight)
     average = "none" if value is None else f"{value:.3f}"
     print(f"the paper's average of IF and IDP: {average}  ({len(both)} samples: {left_out} with "
-          f"IF > {flags.if_high:g} and IDP < {flags.idp_low:g} left out, {less} with IDP > {flags.idp_high:g} "
-          f"and IF < {flags.if_low:g} at weight {flags.weight:g}; {len(rows) - len(both)} without both scores)")
+          f"IF > {flags.if_high:g} and IDP < {flags.idp_low:g} left out, {less} with IDP > "
+          f"{flags.idp_high:g} and IF < {flags.if_low:g} at weight {flags.weight:g}; "
+          f"{len(rows) - len(both)} without both scores)")
 
 
 if __name__ == "__main__":

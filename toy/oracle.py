@@ -160,8 +160,7 @@ def carried_out(world, edit, before, after, readable, edits=()):
 
 
 def redrawn(old, new, task):
-    """Is `new` the thing `old` but for its colour ("color") or shape ("local")? Place and size may be off by
-    a pixel."""
+    """Is `new` the thing `old` but for its colour or shape (`task`)? It may be off by a pixel."""
     rest = "shape" if task == "color" else "color"
     off = max(abs(new.size - old.size), abs(new.y - old.y), abs(new.x - old.x))
     return getattr(new, rest) == getattr(old, rest) and off <= 1

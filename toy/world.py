@@ -346,8 +346,7 @@ def held_out(task, shape, color):
 
 
 def combinations(edits, before):
-    """Yield the (task, shape, colour) that edits teach: of what each makes; of all things for the whole
-    image."""
+    """The (task, shape, colour) that edits teach: of what each makes, or of all things for a whole image."""
     for edit in edits:
         if edit.task in WHOLE:
             yield from ((edit.task, thing.shape, thing.color) for thing in before.things)
