@@ -135,20 +135,22 @@ def ends_of_the_scale(world, rows):
 
 def read_results(folder, scored=True):
     """The lines that sample.py --data wrote (scored: that `score` wrote, if it ran), in a fixed order."""
-    edits = [(file, row) for file in sorted(Path(folder).glob("results*.jsonl")) for row in finished(file)]
+    def read(file):
+        for number, row in enumerate(finished(file), 1):
+            if not {"id", "pauses", "seed"} <= set(row):
+                raise InputError(f"{file}:{number}: no id, pauses and seed: not a line of sample.py --data")
+            yield row
+    rows = [row for file in sorted(Path(folder).glob("results*.jsonl")) for row in read(file)]
     scores = Path(folder) / "scores.jsonl"
-    rows = edits
     if scored and scores.exists():
-        rows = [(scores, row) for row in finished(scores)]
-        if len(edits) not in (0, len(rows)):
-            raise InputError(f"{scores}: scores of {len(rows)} edits, but there are {len(edits)}; run "
+        edits = len(rows)
+        rows = list(read(scores))
+        if edits not in (0, len(rows)):
+            raise InputError(f"{scores}: scores of {len(rows)} edits, but there are {edits}; run "
                              f"`metrics.py score {folder}` again")
     if not rows:
         raise InputError(f"{folder}: no results there; sample.py --data FILE.jsonl --out {folder} makes them")
-    for file, row in rows:
-        if not {"id", "pauses", "seed"} <= set(row):
-            raise InputError(f"{file}: a line without id, pauses and seed: not one of sample.py --data")
-    return sorted((row for _, row in rows), key=lambda row: (str(row["id"]), row["pauses"], row["seed"]))
+    return sorted(rows, key=lambda row: (str(row["id"]), row["pauses"], row["seed"]))
 
 
 def distance(image, reference):
@@ -168,7 +170,7 @@ def edit_metrics(row, folder, clip, tokenizer, dino, against, device):
     def encode(model, pixels):
         return model.image_features(pixels[None].to(device))[0].float().cpu()       # (D,)
     seen = {}
-    for key in ("source", "target", "output"):
+    for key in {"source", "output", against}:
         if row.get(key):
             image = open_image(folder / row[key])
             seen[key] = {"image": image, "clip": encode(clip, clip_pixels(image, clip.size)),
@@ -199,7 +201,8 @@ def edit_metrics(row, folder, clip, tokenizer, dino, against, device):
             source = seen["source"]
             found["copied"] = float(distance(output["image"], source["image"])[0] < 0.01)
             if captions_differ:
-                value = direction(source["direct"], output["direct"], *texts.values())
+                value = direction(source["direct"], output["direct"], texts["source_caption"],
+                                  texts["target_caption"])
                 found["clip_dir"] = None if value.isnan() else value.item()
         return found
     return scores("output"), scores("source"), cut
@@ -225,7 +228,7 @@ def markdown(header, lines):
 def score(flags):
     """CLIP-I, DINO, CLIP-T, CLIP-Dir, L1, L2, share of copies, by task, beside the unchanged source."""
     device = processes()[2]
-    folder = make_folder(flags.folder)
+    folder = Path(flags.folder)
     clip, tokenizer = load_clip(flags.clip, device)
     dino = load_dino(flags.dino, device)
     rows = read_results(folder, scored=False)
@@ -273,12 +276,9 @@ LIMITS = {"dino": 0.91, "clip_dir": 0.09,                   # thresholds of Tabl
 def pick(A, Fa, first, least=-math.inf):
     """sample.best for each item: A and Fa (items, candidates) are adherence and faithfulness -> index
     (items,), -1 where no candidate passes."""
-    index = []
-    for adherence, faithfulness in zip(A, Fa):
-        candidates = [{"adherence": a, "faithfulness": f} for a, f in zip(adherence, faithfulness)]
-        chosen = best(candidates, first, least)
-        index.append(-1 if chosen is None else chosen)
-    return np.array(index)
+    items = [[{"adherence": a, "faithfulness": f} for a, f in zip(*own)] for own in zip(A, Fa)]
+    chosen = [best(candidates, first, least) for candidates in items]
+    return np.array([-1 if index is None else index for index in chosen])
 
 
 def protocol(A, Fa, min_faithfulness, min_adherence, resamples=1000):
@@ -349,7 +349,7 @@ def candidate_sets(rows, adherence, faithfulness):
 
 def select(flags):
     """Table 3: pause counts, as many seeds (the control), and each count alone, over a folder."""
-    folder = make_folder(flags.folder)
+    folder = Path(flags.folder)
     rows = read_results(folder)
     on_toy = "adherence" in rows[0]
     adherence = flags.adherence or ("adherence" if on_toy else "clip_dir")

@@ -234,19 +234,22 @@ def preview(editor, dataset, path, flags, device, n=8):
 
 # ------------------------------------------------------------------------------------------- a file
 
-def output_path(out, row, number, pauses, seed):
-    """Where an output goes: save_as of the row, which a scorer expects, or a folder for each candidate."""
-    name = row.get("save_as", "pauses{pauses}_seed{seed}/" + f"{number:05d}.png")
-    path = out / name.format(pauses=pauses, seed=seed)
+def below(out, name, pauses, seed):
+    """A path that a row gives, with the fields {pauses} and {seed}, below the folder `out`."""
+    try:
+        path = out / name.format(pauses=pauses, seed=seed)
+    except (AttributeError, LookupError, ValueError):
+        raise InputError(f"{name!r} is not a path with the fields pauses and seed") from None
     if not path.resolve().is_relative_to(out.resolve()):
-        raise InputError(f"save_as {name!r} leads out of the folder {out}")
+        raise InputError(f"{name!r} leads out of the folder {out}")
     return path
 
 
 def edit_row(editor, flags, out, number, row, pauses, seed, device):
     """Edit one row -> the record of its result; the image is written."""
     sources = [open_source(path, editor.size) for path in row["input_images"]]
-    path = output_path(out, row, number, pauses, seed)
+    # a benchmark's scorer looks where save_as says (tools/prepare.py)
+    path = below(out, row.get("save_as", "pauses{pauses}_seed{seed}/" + f"{number:05d}.png"), pauses, seed)
     output, _ = edit(editor, flags, sources, row["instruction"], pauses, seed, device, progress=False)
     scores = {}
     if editor.world:
@@ -255,7 +258,7 @@ def edit_row(editor, flags, out, number, row, pauses, seed, device):
             scores["identity"] = judge(editor.world, sources[0], row["instruction"], sources[0])
     save_image(output, path)
     for name, record in row.get("save_also", {}).items():
-        write_jsonl(out / name.format(pauses=pauses, seed=seed), [record])
+        write_jsonl(below(out, name, pauses, seed), [record])
     paths = {"source": row["input_images"][0] if row["input_images"] else None, "target": row["output_image"],
              "output": path}
     dropped = ("input_images", "output_image", "mask", "id", "save_as", "save_also")

@@ -14,6 +14,7 @@ it would have, and the number of processes does not change the result. Start rea
 the loop.
 """
 import argparse
+import gc
 import itertools
 import math
 import signal
@@ -307,8 +308,7 @@ def held_out_scores(setup, flags, rank, world, device, say):
 
 # ------------------------------------------------------------------------------------------- the training
 
-def main():
-    flags = parse_flags()
+def train(flags):
     omnigen = flags.preset == "omnigen"
     rank, world, device = start_processes(sharded=omnigen)
     say = print if rank == 0 else lambda *_: None
@@ -433,8 +433,13 @@ def main():
         write_json(out / "result.json", result)
         plot_losses(finished(out / "log.jsonl"), out / "loss.png")
         say(f"wrote {last}, {out / 'result.json'} and the picture {picture}")
+
+
+def main():
+    train(parse_flags())
     if dist.is_initialized():
-        del setup                   # DDP goes before the process group: after it, its destructor can deadlock
+        gc.collect()                      # DDP goes before the process group: after it, its destructor can deadlock
+        dist.barrier()
         dist.destroy_process_group()
 
 

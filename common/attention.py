@@ -13,8 +13,12 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 LONG = 1000                              # tokens: longer rows of different layouts are attended to one by one
+
+# without cuDNN's: it is reported to plan anew for every length, and here nearly every row has its own (unmeasured)
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class Run(NamedTuple):
@@ -73,7 +77,8 @@ def attend_to(q, k, v, attend):
         if attend is not None:                                      # a sum costs nothing in the backward
             scores = scores + torch.zeros_like(attend, dtype=scores.dtype).masked_fill(~attend, -torch.inf)
         return scores.softmax(dim=-1) @ v
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=attend)
+    with sdpa_kernel(KERNELS):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=attend)
 
 
 def attention(q, k, v, all_rows):

@@ -1,7 +1,7 @@
 """Line charts with matplotlib, where it is installed."""
 import math
 
-from common.files import InputError, optional
+from common.files import InputError, optional, writing
 
 
 def line_charts(panels, path):
@@ -18,13 +18,16 @@ def line_charts(panels, path):
     all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (title, x_label, y_label, series) in zip(all_axes, panels):
         for name, points in series.items():
+            if not points:
+                continue
             x, y, low, high = zip(*points)
             line, = axes.plot(x, y, marker="." if len(x) < 50 else "", label=name)
             if low[0] is not None:
                 axes.vlines(x, low, high, color=line.get_color())
         axes.set(title=title, xlabel=x_label, ylabel=y_label)
         axes.legend(fontsize="small")
-    figure.savefig(path, dpi=120, metadata={"Software": None})         # the same bytes each time
+    with writing(path, "wb") as file:
+        figure.savefig(file, format="png", dpi=120, metadata={"Software": None})       # the same bytes each time
 
 
 def plot_losses(log, path):

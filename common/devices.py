@@ -8,9 +8,6 @@ import torch.distributed as dist
 
 def processes():
     """-> rank of this process, number of processes (as torchrun says), device of this process."""
-    # cuDNN's attention is reported to plan anew for every length, and in training nearly every row has its
-    # own (unmeasured)
-    torch.backends.cuda.enable_cudnn_sdp(False)
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     if not torch.cuda.is_available():

@@ -68,29 +68,28 @@ def read_json(path, kind=dict, hint=""):
     return value
 
 
-def read_jsonl(path, hint=""):
-    """Yield (line number, dict or InputError) for each line of a JSONL file that is not blank."""
-    for number, line in enumerate(read_bytes(path, hint).split(b"\n"), 1):
+def json_lines(raw):
+    """bytes of JSONL: yield (line number, dict or InputError) for each line that is not blank."""
+    for number, line in enumerate(raw.split(b"\n"), 1):
         if not line.strip():
             continue
         try:
             value = parse_json(decode(line, number))
+            if not isinstance(value, dict):
+                raise InputError(f"a row is a JSON object, this is {type(value).__name__}")
         except InputError as error:
             value = error
-        if not isinstance(value, (dict, InputError)):
-            value = InputError(f"a row is a JSON object, this is {type(value).__name__}")
         yield number, value
         if line[:2] in (b"\xff\xfe", b"\xfe\xff"):
             return                                                     # UTF-16: said once, not for every line
 
 
-def rows_of(path, hint=""):
-    """The lines of a JSONL file as [(line number, dict)]; the first bad one raises, with its line number."""
-    rows = []
-    for number, row in read_jsonl(path, hint):
+def rows_of(path, hint="", raw=None):
+    """A JSONL file, or its bytes `raw` -> [(line number, dict)]; the first bad line raises, with its number."""
+    rows = list(json_lines(read_bytes(path, hint) if raw is None else raw))
+    for number, row in rows:
         if isinstance(row, InputError):
             raise InputError(f"{path}:{number}: {row}")
-        rows.append((number, row))
     return rows
 
 
@@ -101,7 +100,8 @@ def writing(path, mode="w"):
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+        text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+        with open(temporary, mode, **text) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -139,31 +139,21 @@ def make_folder(path):
 
 def append(path, record):
     """Add one line to a JSONL file; on return it is on disk."""
-    with open(path, "a", encoding="utf-8") as file:
+    with open(path, "a", encoding="utf-8", newline="\n") as file:
         file.write(json.dumps(record) + "\n")
         file.flush()
         os.fsync(file.fileno())
 
 
 def finished(path, cut=False):
-    """The records of a JSONL file that `append` wrote, as a list, without what a killed run left of a last
-    line.
+    """The records of a JSONL file that `append` wrote, without what a killed run left of a last line.
 
-    cut: remove that rest from the file too, before more is appended. Only the process that writes the file
-    may.
+    cut: remove that rest from the file too, before more is appended. Only the process that writes it may.
     """
-    path = Path(path)
-    if not path.exists():
+    if not Path(path).exists():
         return []
     raw = read_bytes(path)
     end = raw.rfind(b"\n") + 1
     if cut and end < len(raw):
-        with open(path, "r+b") as file:
-            file.truncate(end)
-    records = []
-    for number, line in enumerate(raw[:end].splitlines(), 1):
-        try:
-            records.append(parse_json(decode(line, number)))
-        except InputError as error:
-            raise InputError(f"{path}:{number}: {error}") from None
-    return records
+        os.truncate(path, end)
+    return [row for _, row in rows_of(path, raw=raw[:end])]

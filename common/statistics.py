@@ -9,10 +9,8 @@ from common.files import InputError
 
 def new_sums(device):
     """Sums since the last line of the log; loss and samples in four bins of t, from noise to image."""
-    sums = {"loss": torch.zeros(4, device=device), "samples": torch.zeros(4, device=device)}
-    for name in ("masked_samples", "masked_tokens", "grad_norm", "tflop", "stop"):
-        sums[name] = torch.zeros((), device=device)
-    return sums
+    sizes = dict(loss=4, samples=4, masked_samples=1, masked_tokens=1, grad_norm=1, tflop=1, stop=1)
+    return {name: torch.zeros(size, device=device) for name, size in sizes.items()}
 
 
 @torch.no_grad()
@@ -32,23 +30,22 @@ def log_line(sums, step, seconds, batch, world, peak):
 
     batch: samples a step; peak: TFLOP/s of a GPU, or None.
     """
+    every = torch.cat(list(sums.values()))                             # one message, and one wait for the GPU
     if world > 1:
-        for value in sums.values():
-            dist.all_reduce(value)
-    total = {name: value.tolist() for name, value in sums.items()}
+        dist.all_reduce(every)
     for value in sums.values():
         value.zero_()
-    samples = sum(total["samples"])
-    steps = samples / batch
-    line = {"step": step, "loss": sum(total["loss"]) / samples,
-            "loss_by_t": [a / b if b else None for a, b in zip(total["loss"], total["samples"])],
-            "masked_samples": total["masked_samples"] / samples,
-            "masked_tokens": total["masked_tokens"] / samples,
-            "grad_norm": total["grad_norm"] / (steps * world), "images_per_s": samples / seconds,
-            "tflops": total["tflop"] / seconds}
+    losses, counts = every[:8].view(2, 4).tolist()
+    masked_samples, masked_tokens, norm, tflop, stop = every[8:].tolist()
+    samples = sum(counts)
+    line = {"step": step, "loss": sum(losses) / samples,
+            "loss_by_t": [loss / count if count else None for loss, count in zip(losses, counts)],
+            "masked_samples": masked_samples / samples, "masked_tokens": masked_tokens / samples,
+            "grad_norm": norm / (samples / batch * world), "images_per_s": samples / seconds,
+            "tflops": tflop / seconds}
     if peak:
         line["mfu"] = line["tflops"] / (peak * world)      # without what checkpointing computes twice
     if not math.isfinite(line["loss"]) or not math.isfinite(line["grad_norm"]):
-        raise InputError(f"the loss is not finite near step {step}; the last checkpoint is from before. Try "
+        raise InputError(f"the loss is not finite near step {step}; a checkpoint, if any, is from before. Try "
                          f"a lower --lr and --muon-lr, or --no-bf16.")
-    return line, total["stop"] > 0
+    return line, stop > 0

@@ -112,7 +112,7 @@ def show_candidates(by_count, path):
 def report(flags):
     """Make the tables of Markdown files again: what stands between <!-- table FLAGS --> and <!-- end -->."""
     for path in flags.files:
-        text = decode(read_bytes(path))
+        text = decode(read_bytes(path)).replace("\r\n", "\n")
         new, *blocks = text.split("<!-- table ")
         for block in blocks:
             arguments, _, rest = block.partition(" -->")

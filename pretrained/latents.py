@@ -24,8 +24,9 @@ from common.devices import processes
 from common.files import InputError, append, finished, make_folder, read_json, write_json
 from common.images import open_image
 from data import Sample, blank, read_rows, shuffled, to_tensor
-from pretrained.omnigen import HINT, omnigen_folder
+from pretrained.omnigen import omnigen_folder
 from pretrained.vae import load_vae
+from pretrained.weights import HINT
 
 
 def cache_header(vae_folder, size):
@@ -184,8 +185,8 @@ def encode(flags):
     todo = {}                             # shared out: a key belongs to one process by its checksum
     for number, row in read_rows(flags.data):
         for key, image, mask in needed(row, Path(flags.data).parent):
-            stale = done.get(key, {}).get("bytes") != file_sizes(image, mask)
-            if stale and zlib.crc32(key.encode()) % world == rank:
+            own = zlib.crc32(key.encode()) % world == rank
+            if own and done.get(key, {}).get("bytes") != file_sizes(image, mask):
                 todo.setdefault(key, (number, key, image, mask))
 
     work = torch.utils.data.DataLoader(list(todo.values()), batch_size=None, num_workers=flags.workers,

@@ -9,10 +9,8 @@ from PIL import Image
 from common.devices import is_first
 from common.files import InputError, make_folder, optional, read_json, write_json, writing
 from model import Config, Transformer
-from pretrained.weights import load_weights
+from pretrained.weights import HINT, load_weights
 from scale.sharding import whole
-
-HINT = "docs/full-scale.md says which files of OmniGen-v1 are needed and where to get them"
 
 # config.json of OmniGen-v1 is that of its language model, Phi-3: (its key, ours)
 CONFIG_KEYS = {"vocab_size": "vocab", "hidden_size": "width", "num_hidden_layers": "layers",

@@ -7,7 +7,7 @@ import torch
 from common.files import InputError, optional, read_json
 from scale.sharding import own_part
 
-HINT = "The README says which files are needed and where to get them."
+HINT = "docs/full-scale.md says which files are needed and where to get them"
 
 
 def check_shapes(path, expected, found):

@@ -59,7 +59,8 @@ def restore(state, model, mask_tokens, average, optimizers):
         mean.copy_(own_part(state["ema"][name], p))
     for optimizer, saved in zip(optimizers, state["optimizers"]):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        for p, moments in zip(parameters, saved["state"].values()):
+        for place, moments in saved["state"].items():
+            p = parameters[place]
             for key, value in moments.items():
                 if value.shape == p.shape:                 # not a counter of steps
                     moments[key] = own_part(value, p)

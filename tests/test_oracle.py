@@ -130,3 +130,9 @@ def test_what_the_oracle_cannot_judge_is_said():
         judge(TOY, source, "make the green circle red", source)
     with pytest.raises(InputError, match="does not know the instruction"):
         judge(TOY, source, "paint a masterpiece", source)
+
+
+
+def test_an_image_of_another_size_is_named():
+    with pytest.raises(InputError, match="an image of 32 x 16 pixels cannot be read: this toy world has 16 x 16"):
+        parse(WORLDS["shapes"], np.zeros((16, 32, 3), np.uint8))

@@ -201,9 +201,7 @@ def test_a_whole_file_is_edited_and_an_interrupted_run_continues(checkpoint, tmp
 
 
 def test_a_row_says_where_its_output_goes(tmp_path):
-    def where(row):
-        return str(sample.output_path(tmp_path, row, 12, 8, 3).relative_to(tmp_path))
-    assert where({}) == "pauses8_seed3/00012.png"
-    assert where({"save_as": "pauses{pauses}/a{{b/{seed:04d}.png"}) == "pauses8/a{b/0003.png"
-    with pytest.raises(InputError, match="leads out of the folder"):
-        where({"save_as": "../{seed}.png"})
+    assert sample.below(tmp_path, "pauses{pauses}/a{{b/{seed:04d}.png", 8, 3) == tmp_path / "pauses8/a{b/0003.png"
+    for name, message in (("../{seed}.png", "leads out of the folder"), ("{turn}.png", "not a path"), ("a{.png", "not a path")):
+        with pytest.raises(InputError, match=message):
+            sample.below(tmp_path, name, 8, 3)

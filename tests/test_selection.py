@@ -134,6 +134,6 @@ def test_l1_and_l2_by_hand():
 
 
 def test_bad_input_is_one_clear_line(tmp_path):
-    for rows, message in (([], "no results there"), ([{"x": 1}], "results.0.jsonl: a line without id, pauses and seed")):
+    for rows, message in (([], "no results there"), ([{"x": 1}], "results.0.jsonl:1: no id, pauses and seed")):
         with pytest.raises(InputError, match=message):
             metrics.read_results(write(tmp_path / "r", rows))

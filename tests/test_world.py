@@ -1,9 +1,11 @@
+import itertools
+
 import pytest
 
 from data import Shapes, Words
 from toy.oracle import parse
-from toy.world import (CAPTIONS, COLORS, EDITS, SHAPES, WORLDS, combinations, held_out, phrase, read_instruction, related,
-                       world_words)
+from toy.world import (BACKGROUNDS, CAPTIONS, COLORS, CORNERS, EDITS, LIGHTS, RELATIONS, SHAPES, STYLES, WORLDS, Edit,
+                       combinations, example, held_out, phrase, read_instruction, related, world_words)
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -68,3 +70,37 @@ def test_only_training_has_extra_scenes_in_one_colour():
         several = [{thing.color for thing in things} for things in scenes if len(things) > 1]
         return sum(len(colors) == 1 for colors in several) / len(several)
     assert 0.25 < share("train") < 0.5 and share("iid") < 0.2
+
+
+
+def every_edit():
+    names = [f"{color} {shape}" for color in COLORS for shape in SHAPES]
+    places = ["", *CORNERS, *itertools.product(RELATIONS, names)]
+    for shape, color in itertools.product(SHAPES, COLORS):
+        yield Edit("remove", shape, color)
+        yield from (Edit("add", shape, color, where=place) for place in places)
+        yield from (Edit("color", shape, color, value) for value in COLORS)
+        yield from (Edit("local", shape, color, value) for value in SHAPES)
+    for task, values in [("background", BACKGROUNDS), ("global", LIGHTS), ("style", STYLES)]:
+        yield from (Edit(task, value=value) for value in values)
+
+
+def test_reading_is_the_inverse_of_phrasing_for_every_edit():
+    edits = list(every_edit())
+    assert len({phrase(edit) for edit in edits}) == len(edits)
+    assert all(read_instruction(phrase(edit)) == [edit] for edit in edits)
+
+
+@pytest.mark.parametrize("text", [
+    "", "and", "remove the circle", "remove the red circle and", "remove  the red circle", "add a red circle top",
+    "add a red circle left of the blue", "make it filled", "redraw it day", "make the red circle a blue",
+    "change the background to red", "please remove the red circle", "remove the red circle now"])
+def test_what_is_no_instruction_of_the_world_is_not_read(text):
+    assert read_instruction(text) is None
+
+
+@pytest.mark.parametrize("name, index, instruction", [
+    ("shapes", 0, "make the yellow cross a circle"), ("simple", 1, "a green circle"),
+    ("hard", 0, "make the yellow cross a circle and add a cyan cross bottom right and add a green circle top left")])
+def test_the_stream_is_the_one_that_the_results_were_made_with(name, index, instruction):
+    assert example(WORLDS[name], "train", 0, index)["instruction"] == instruction

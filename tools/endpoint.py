@@ -22,7 +22,7 @@ MOST_BYTES = 2 * 2**20                    # of a reply's body
 MOST_TEXT = 10**5                         # characters of a reply's message
 
 # scheme, host or [IPv6 address], port, and a path of printable ASCII but # and ?
-ADDRESS = r"https?://([\w.-]+|\[[\da-fA-F:.]+\])(:\d{1,5})?(/[!\"$->@-~]*)?"
+ADDRESS = r"https?://([\w.-]+|\[[\da-fA-F:.]+\])(:(?P<port>\d{1,5}))?(/[!\"$->@-~]*)?"
 
 # without error handlers: a reply of any status is returned, and no redirect takes the key elsewhere
 OPENER = urllib.request.OpenerDirector()
@@ -36,7 +36,8 @@ class FailedTry(Exception):
 
 def address(text):
     """The type of --api."""
-    if not re.fullmatch(ADDRESS, text, re.ASCII):
+    match = re.fullmatch(ADDRESS, text, re.ASCII)
+    if not match or not 0 < int(match["port"] or 80) < 2**16:
         shown = re.sub("//.*@", "//...@", text)                        # what is hidden may be a password
         raise argparse.ArgumentTypeError(f"{shown!r}: an address such as https://host/v1 is needed, "
                                          f"http or https, without user, ? or #")
