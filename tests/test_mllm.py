@@ -596,7 +596,7 @@ def test_another_run_is_not_continued(server, tmp_path):
     results_file(tmp_path, [("a", "y", 1, 2)])
     with pytest.raises(InputError, match="o.jsonl:1: of another input row"):
         call("judge", server, data, out, "--protocol", "complex-edit")
-    for nonsense, message in (("nonsense", "not JSON"), ("[1]", "not a JSON object")):
+    for nonsense, message in (("nonsense", "not JSON"), ("[1]", "a row is a JSON object")):
         out.write_text(nonsense + "\n" + before)
         with pytest.raises(InputError, match=f"o.jsonl:1: {message}"):
             call("judge", server, data, out, "--protocol", "complex-edit")

@@ -145,7 +145,6 @@ def records_so_far(flags, rows):
     finished(flags.endpoint.log, cut=True)
     done = {}
     for line, record in enumerate(finished(flags.out, cut=True), 1):
-        need(isinstance(record, dict), f"{flags.out}:{line}: not a JSON object; take another --out")
         key = json.dumps(identity(flags, record))
         same = key in rows and json.dumps({**record, **rows[key][1]}) == json.dumps(record)
         need(same, f"{flags.out}:{line}: of another input row, model, protocol or number of samples than "
