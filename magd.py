@@ -1,11 +1,12 @@
-"""Masking-augmented Gaussian diffusion (MAgD), the idea of MADI (arXiv 2507.13401): Eq. 1 to 6 and 9.
+"""Masking-augmented Gaussian diffusion (MAgD), the idea of MADI (arXiv 2507.13401): its Eq. 1 to 6.
 
-A training image is corrupted twice: Gaussian noise first (Eq. 2), then, for some samples at high noise, some
-of its noisy tokens are replaced by a mask token (Eq. 4). The network predicts what it would without the
-mask, on all tokens (Eq. 5), so it has to infer the masked ones from their neighbours and from the prompt.
+A training image is corrupted twice. Gaussian noise comes first (Eq. 2); then, in some of the samples with
+much noise, some of the noisy tokens are replaced by a mask token (Eq. 4). The network still predicts what it
+would without masks, for every token (Eq. 5), so it has to infer the masked ones from their neighbours and
+from the prompt.
 
-Time t runs from noise (0) to data (1); s = 1 - t is the noise level. The paper's "t >= tau" (high noise) is
-s >= tau. Letters: B batch, N target tokens, D width, (C, h, w) the image in the form the network sees:
+Time t runs from noise (0) to data (1), so 1 - t is the noise level, and the paper's "t >= tau" (high noise)
+is 1 - t >= tau. Letters: B batch, N target tokens, D width, (C, h, w) the image in the form the network sees:
 pixels on the toy, the autoencoder's latent for OmniGen. condition: the prompt with its reference images
 (model.Condition).
 """
@@ -20,7 +21,7 @@ CORRUPTIONS = ("noise-mask", "mask-noise", "mask")           # the paper's, and 
 
 
 class Draws(NamedTuple):
-    """Everything random in one training step, drawn sample by sample: however many processes share them."""
+    """The random numbers of the loss, from one seed per sample: sharing a batch out changes nothing."""
     x0: torch.Tensor                      # (B, C, h, w) noise
     t: torch.Tensor                       # (B,) time
     u: torch.Tensor                       # (B,) in [0, 1): a sample may be masked where u < p_magd (Eq. 6)
@@ -29,19 +30,19 @@ class Draws(NamedTuple):
 
 
 def sample_t(generator, mean=0.0):
-    """Logit-normal time, (): sigmoid of a normal of deviation 1. OmniGen has mean 0; below, more noise."""
+    """A logit-normal time, (): the sigmoid of N(mean, 1). OmniGen has mean 0; a lower one, more noise."""
     return (torch.randn((), generator=generator) + mean).sigmoid()
 
 
-def draw(shape, tokens, seeds, t_mean=0.0):
-    """Draws for one sample per seed; shape = (C, h, w). Noise and time do not depend on the masking."""
+def draw(shape, N, seeds, t_mean=0.0):
+    """Draws for one sample per seed; shape = (C, h, w). Masking settings change neither noise nor time."""
     rows = []
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
         rows.append(Draws(x0=torch.randn(shape, generator=generator),
                           t=sample_t(generator, t_mean),
                           u=torch.rand((), generator=generator),
-                          u_token=torch.rand(tokens, generator=generator),
+                          u_token=torch.rand(N, generator=generator),
                           u_pool=torch.rand((), generator=generator)))
     return Draws(*map(torch.stack, zip(*rows)))
 
@@ -55,17 +56,17 @@ def forward_process(x1, x0, t):
 def token_mask(draws, p_magd, tau, r_mask):
     """Second corruption: which tokens are masked, (B, N), True = masked.
 
-    A sample is masked if u < p_magd and s >= tau (Eq. 6), and then each of its tokens with probability
-    r_mask (Eq. 4).
+    A sample is selected if u < p_magd and 1 - t >= tau (Eq. 6), then each of its tokens with chance r_mask
+    (Eq. 4).
     """
     noise_level = 1 - draws.t                                                       # (B,)
-    sample = (draws.u < p_magd) & (noise_level >= tau)                              # (B,)
-    return sample[:, None] & (draws.u_token < r_mask)                               # (B, N)
+    selected = (draws.u < p_magd) & (noise_level >= tau)                            # (B,)
+    return selected[:, None] & (draws.u_token < r_mask)                               # (B, N)
 
 
 class MaskTokens(nn.Module):
-    """The learned mask token (Table 7): a pool of 1,024 embeddings of width 256, of which one is drawn for
-    each sample and step, through a two-layer MLP like the time embedding's."""
+    """The learned mask token (Table 7): one of 1,024 embeddings of width 256, drawn anew for each sample and
+    step, then a two-layer MLP like that of the time embedding."""
 
     def __init__(self, width, pool=1024, pool_width=256):
         super().__init__()
@@ -78,13 +79,11 @@ class MaskTokens(nn.Module):
 
 
 def edit_weight(x1, source, edit):
-    """Weight of each element of an edit's loss, (B, C, h, w): OmniGen's, so that the changed region counts
-    (Sec. 9).
+    """Weight of each element of an edit's loss, (B, C, h, w): more where the edit changes it (Sec. 9).
 
-    With d = |x1 - source| and m = mean(d) of a sample: where d > 0.3 the weight is 1/m, kept in [5, 64],
-    else 1. Two equal images (m < 0.001) have nothing to teach and weigh 0; two entirely different ones (m >
-    0.8) have no region to favour and weigh 1. edit (B,), False = no source to compare with (text-to-image):
-    weight 1.
+    With d = |x1 - source| and m = mean(d) of a sample: where d > 0.3 the weight is 1 / m, clamped to [5, 64];
+    elsewhere it is 1. Equal images (m < 0.001) have nothing to teach and get 0. Entirely different ones
+    (m > 0.8) have no region to favour and get 1. edit (B,): False = no source to compare with, weight 1.
     """
     d = (x1 - source).abs()
     m = d.mean(dim=(1, 2, 3), keepdim=True)                                         # (B, 1, 1, 1)
@@ -95,19 +94,18 @@ def edit_weight(x1, source, edit):
 
 def magd_loss(model, x1, condition, draws, p_magd=0.0, tau=0.7, r_mask=0.25, mask_tokens=None, weight=None,
               prediction="velocity", corruption="noise-mask"):
-    """Eq. 6: the masked loss (Eq. 5) for the samples that token_mask selects, the plain one (Eq. 3) for
-    others.
+    """Eq. 6: masked loss (Eq. 5) for the samples that token_mask selects, plain loss (Eq. 3) for the others.
 
-    Both are one batch and one forward. x1 (B, C, h, w) -> loss of each sample (B,), masked (B, N).
-    mask_tokens None: the mask token is zero. p_magd = 0 is the plain loss, bit for bit. weight (B, C, h, w):
-    see edit_weight.
+    Both share one batch and one forward pass. x1 (B, C, h, w) -> loss per sample (B,), masked (B, N).
+    mask_tokens None: the mask token is zero. p_magd = 0 is exactly the plain loss. weight: see edit_weight.
     """
     masked = token_mask(draws, p_magd, tau, r_mask)                                 # (B, N)
-    x0 = draws.x0
-    t = draws.t
-    replaced = masked
-    x_t = forward_process(x1, x0, t)                                                # (B, C, h, w)  Eq. 2
-    if corruption != "noise-mask":
+    if corruption == "noise-mask":
+        x0 = draws.x0
+        t = draws.t
+        x_t = forward_process(x1, x0, t)                                            # (B, C, h, w)  Eq. 2
+        replaced = masked
+    else:
         x_t, x0, t, replaced = other_corruption(x1, draws, masked, corruption)
     if mask_tokens is None:
         mask_token = x1.new_zeros(len(x1), 1)                                       # (B, 1), zero
@@ -120,10 +118,10 @@ def magd_loss(model, x1, condition, draws, p_magd=0.0, tau=0.7, r_mask=0.25, mas
 
 
 def prediction_error(output, x1, x0, t, prediction):
-    """What the loss squares, (B, C, h, w): the error of the velocity, or of the noise (Eq. 3, 5)."""
+    """The error that the loss squares, (B, C, h, w): of the noise, or of the velocity (Eq. 3, 5)."""
     if prediction == "noise":
         return output - x0
-    if prediction == "x":                 # of the velocity times 1 - t; the bound is that of velocity()
+    if prediction == "x":       # output - x1 is the velocity's error times 1 - t; clamped as in velocity()
         return (output - x1) / (1 - t).clamp(min=0.05)[:, None, None, None]
     return output - (x1 - x0)
 
@@ -139,12 +137,12 @@ def velocity(output, x_t, t, prediction):
 
 
 def other_corruption(x1, draws, masked, corruption):
-    """For comparison with the paper's order: masked (B, N) -> x_t, x0, t, and the tokens to replace, or None.
+    """The corruptions to compare the paper's with -> x_t, x0, t, and the tokens (B, N) to replace, or None.
 
-    mask-noise, as in the caption of Figure 1: a masked patch of the image is blanked before the noise is
-    added. mask: a masked sample gets no noise at all, so its loss is the masked autoencoder's (Eq. 1): with
-    x0 = 0 and t = 1 the velocity x1 - x0 is the image. (That agrees with the other samples: at t = 1 nothing
-    is left of x0, whose mean is 0.)
+    mask-noise, as in the caption of Figure 1: masked patches are blanked in the image, then noise is added.
+    mask: a masked sample gets no noise. With x0 = 0 and t = 1 its velocity x1 - x0 is the image itself, so
+    its loss is the masked autoencoder's (Eq. 1). This fits the other samples: at t = 1 x_t tells nothing
+    about x0, whose mean is 0.
     """
     x0 = draws.x0
     t = draws.t
@@ -153,7 +151,7 @@ def other_corruption(x1, draws, masked, corruption):
         pixels = masked.view(len(x1), 1, x1.shape[2] // P, x1.shape[3] // P)
         pixels = pixels.repeat_interleave(P, 2).repeat_interleave(P, 3)             # (B, 1, h, w)
         return forward_process(torch.where(pixels, 0, x1), x0, t), x0, t, None
-    sample = masked.any(dim=1)                                                      # (B,)
-    x0 = torch.where(sample[:, None, None, None], 0, x0)
-    t = torch.where(sample, 1, t)
+    selected = masked.any(dim=1)                                                    # (B,)
+    x0 = torch.where(selected[:, None, None, None], 0, x0)
+    t = torch.where(selected, 1, t)
     return forward_process(x1, x0, t), x0, t, masked
