@@ -1,9 +1,9 @@
 """What the model is shown: samples of the toy world or of a JSONL file, prompts, and batches.
 
 Prompts follow the paper's Eq. 7 (expressive plans) and Eq. 8 (pause tokens). A tenth of them is emptied, so
-that guidance has something to compare with (Sec. 5, setup). Data sets are endless streams: sample(index) is
-a pure function of the seed and the index. The toy world itself is drawn in toy/world.py; latents of real
-images, for OmniGen, come from pretrained/latents.py.
+that guidance has an unconditional branch (Sec. 5, setup). Data sets are endless: sample(index) depends on the
+seed and the index alone. The toy world is drawn in toy/world.py; latents of real images, for OmniGen, come
+from pretrained/latents.py.
 """
 import difflib
 import itertools
@@ -36,7 +36,7 @@ class Sample:
     target: np.ndarray | torch.Tensor
     images: list = field(default_factory=list)             # the references, in the order of their tags
     mask: np.ndarray | None = None                         # (h, w) bool, True = changed by the edit
-    blanked: np.ndarray | torch.Tensor | None = None       # the first image without what the mask covers
+    blanked: np.ndarray | torch.Tensor | None = None       # the first image, with its masked region gray
     plan: list = field(default_factory=list)               # the steps of an expressive plan (Eq. 7)
     source_caption: str = ""
     target_caption: str = ""
@@ -105,12 +105,12 @@ def fit(image, size):
 
 
 def blank(image, mask):
-    """The masked source of the paper (setup): image (h, w, 3) with the edited region, mask (h, w), gray."""
+    """The paper's "masked source" (setup): image (h, w, 3) with the edited region, mask (h, w), gray."""
     return np.where(mask[:, :, None], np.uint8(128), image)
 
 
 def shuffled(items, seed, index):
-    """The index-th of an endless stream that shuffles the items anew in each epoch."""
+    """Item number `index` of an endless stream that reshuffles the items in each epoch."""
     epoch, place = divmod(index, len(items))
     return items[permutation(len(items), f"{seed}/{epoch}")[place]]
 
@@ -122,20 +122,22 @@ def permutation(n, seed):
 
 # ------------------------------------------------------------------------------------------- rows of a file
 
-TYPES = {"instruction": str, "input_images": list, "output_image": str, "mask": str, "plan": list,
-         "source_caption": str, "target_caption": str, "task": str}
+DATA_HINT = f"--data takes {', '.join(WORLDS)} or a .jsonl file"
+ROW_TYPES = {"instruction": str, "input_images": list, "output_image": str, "mask": str, "plan": list,
+             "source_caption": str, "target_caption": str, "task": str}
 
 
 def read_rows(path, targets=True):
-    """A JSONL file of image pairs -> [(line number, row)], image paths made absolute. A bad row raises, with
-    its line.
+    """A JSONL file of image pairs -> [(line number, row)], image paths joined to its folder. A bad row raises
+    InputError with its line number.
 
-    A row: instruction, input_images (list, may be empty), output_image (null where there is none: such a row
-    can be edited, not trained on); optionally mask, plan (list of steps), source_caption, target_caption,
-    task. Paths are relative to the file. OmniGen's own rows have this form.
+    A row has instruction, input_images (a list, maybe empty) and output_image (null if there is none: such a
+    row can be edited, but not trained on); optionally mask, plan (list of steps), source_caption,
+    target_caption and task. Paths are relative to the file. OmniGen's own rows have this form. A benchmark's
+    row may also have id, save_as and save_also, for its scorer (tools/prepare.py).
     """
     rows = []
-    for number, row in rows_of(path, HINT):
+    for number, row in rows_of(path, DATA_HINT):
         try:
             row = check_row(row, Path(path).parent)
             if targets and row["output_image"] is None:
@@ -148,22 +150,20 @@ def read_rows(path, targets=True):
     return rows
 
 
-HINT = f"--data takes {', '.join(WORLDS)} or a .jsonl file"
-
-
 def check_row(row, folder):
     """-> the row with its paths below `folder`, or InputError."""
     for key in ("instruction", "input_images", "output_image"):
         if key not in row:
             raise InputError(f"the key {key!r} is missing; there are {sorted(row)}")
-    for key, kind in TYPES.items():
-        required = key in ("instruction", "input_images")
-        if (required or row.get(key) is not None) and not isinstance(row[key], kind):
-            raise InputError(f"{key} should be a {kind.__name__}, not {type(row[key]).__name__}")
+    for key, expected in ROW_TYPES.items():
+        value = row.get(key)
+        may_be_null = key not in ("instruction", "input_images")
+        if not isinstance(value, expected) and not (may_be_null and value is None):
+            raise InputError(f"{key} should be a {expected.__name__}, not {type(value).__name__}")
     for key in ("input_images", "plan"):
         if not all(isinstance(item, str) for item in row.get(key) or []):
             raise InputError(f"{key} should be a list of strings")
-    place_images(row["instruction"], len(row["input_images"]))
+    check_tags(row["instruction"], len(row["input_images"]))
     checked = {**row, "input_images": [str(folder / name) for name in row["input_images"]]}
     for key in ("output_image", "mask"):
         if row.get(key):
@@ -212,6 +212,9 @@ def make_prompt(tokenizer, instruction, n_images=0, plan=(), pauses=0):
 
     - in training with a plan, each of its steps, followed by one pause token (Eq. 7),
     - at inference, `pauses` pause tokens (Eq. 8).
+
+    Pause tokens are ordinary tokens of the prompt. They add positions that the target can attend to, and they
+    also shift the target's RoPE positions by as many. Without --p-plan training never shows one.
     """
     prompt = place_images(instruction, n_images, tokenizer.images_first)
     for step in plan:
@@ -221,16 +224,21 @@ def make_prompt(tokenizer, instruction, n_images=0, plan=(), pauses=0):
     return prompt
 
 
-def place_images(instruction, n, images_first=True):
-    """Check the image tags <|image_1|> ... <|image_n|>; without any, put all images first, or last."""
+def check_tags(instruction, n):
+    """-> the numbers of the image tags <|image_1|> ... <|image_n|> of an instruction; there may be none."""
     tags = {int(k) for k in re.findall(TAG, instruction)}
-    if not tags and n:
-        images = " ".join(image_tag(k) for k in range(1, n + 1))
-        return (f"{images} {instruction}" if images_first else f"{instruction} {images}").strip()
-    if tags != set(range(1, n + 1)):
+    if tags and tags != set(range(1, n + 1)):
         raise InputError(f"the instruction names images {sorted(tags)}, but {n} {'is' if n == 1 else 'are'} "
                          f"given; tags run from <|image_1|> to <|image_n|> without a gap")
-    return instruction
+    return tags
+
+
+def place_images(instruction, n, images_first):
+    """The instruction, its image tags checked; if it has none, all images go first, or last."""
+    if check_tags(instruction, n) or not n:
+        return instruction
+    images = " ".join(image_tag(k) for k in range(1, n + 1))
+    return (f"{images} {instruction}" if images_first else f"{instruction} {images}").strip()
 
 
 def image_tag(k):
@@ -239,13 +247,13 @@ def image_tag(k):
 
 def tokenize(tokenizer, prompt, sizes):
     """prompt, tokens of each image -> ids and kind, lists of length L; the order of the images."""
-    text, *rest = re.split(TAG, tokenizer.template.replace("{}", prompt))
+    text, *rest = re.split(TAG, tokenizer.template.replace("{}", prompt))   # text, number, text, number, text
     ids = tokenizer.encode(text)
     kind = [TEXT] * len(ids)
     order = [int(number) - 1 for number in rest[::2]]
-    for k, (image, text) in enumerate(zip(order, rest[1::2]), 1):
-        ids += [0] * sizes[image]
-        kind += [k] * sizes[image]
+    for k, (index, text) in enumerate(zip(order, rest[1::2]), 1):
+        ids += [0] * sizes[index]
+        kind += [k] * sizes[index]
         piece = tokenizer.encode(text)
         if piece[:1] == [tokenizer.bos]:                   # each piece is encoded alone: one <s> is enough
             piece = piece[1:]
@@ -268,7 +276,7 @@ def make_condition(tokenizer, prompts, images, patch):
         rows.append((ids, kind))
         placed += [own[k] for k in order]
     L = max(len(ids) for ids, _ in rows)
-    # few large tensors: each is a message of its own from a worker, and a copy of its own to a GPU
+    # stacked, because each tensor costs a message from the worker and a copy to the GPU
     stacks = [torch.stack(list(alike)) for _, alike in itertools.groupby(placed, lambda image: image.shape)]
     return Condition(torch.tensor([[0] * (L - len(ids)) + ids for ids, _ in rows]),  # (B, L)
                      torch.tensor([[PADDING] * (L - len(kind)) + kind for _, kind in rows]),  # (B, L)
@@ -300,20 +308,20 @@ def to_array(x):
 def training_prompt(tokenizer, sample, rng, p_drop, p_plan, p_masked_source):
     """One sample as the model sees it in training -> (prompt, images).
 
-    With probability p_drop the instruction is emptied, and in half of those cases the images go too: these
-    train the two weaker branches of guidance. With p_plan the plan follows the instruction. With
-    p_masked_source, the source without the edited region is one more image.
+    With probability p_drop the instruction is emptied; half of those samples lose their images too. They
+    train the two weaker branches of guidance. With probability p_plan the plan follows the instruction; with
+    probability p_masked_source the blanked source is one more image.
     """
-    drop = rng.random()                   # always three draws: one option does not shift the others
+    drop = rng.random()                   # always three draws, so that no option shifts another
     plan = rng.random()
-    masked = rng.random()
+    blank_source = rng.random()
     images = [to_tensor(image) for image in sample.images]
     if drop < p_drop / 2 or (drop < p_drop and not images):
         return tokenizer.empty, []
     if drop < p_drop:
         return make_prompt(tokenizer, "", len(images)), images
     instruction = place_images(sample.instruction, len(images), tokenizer.images_first)
-    if sample.blanked is not None and masked < p_masked_source:
+    if sample.blanked is not None and blank_source < p_masked_source:
         images.append(to_tensor(sample.blanked))
         extra = image_tag(len(images))
         instruction = f"{extra} {instruction}" if tokenizer.images_first else f"{instruction} {extra}"
@@ -321,7 +329,7 @@ def training_prompt(tokenizer, sample, rng, p_drop, p_plan, p_masked_source):
 
 
 def make_batch(dataset, indices, tokenizer, patch, seed, p_drop, p_plan, p_masked_source):
-    """The samples of these indices, their targets of one size -> Batch. Random by (seed, index) alone."""
+    """The samples of these indices, targets of one size -> Batch. Depends on (seed, index) alone."""
     targets, sources, edit, seeds, prompts, images = [], [], [], [], [], []
     for index in indices:
         sample = dataset.sample(index)
@@ -339,7 +347,7 @@ def make_batch(dataset, indices, tokenizer, patch, seed, p_drop, p_plan, p_maske
 
 
 def micro_batches(dataset, size):
-    """Cut an endless data set into tuples of `size` indices, targets of one shape, as they fill up."""
+    """Group the indices of an endless data set by shape; yield each group of `size` as it fills up."""
     waiting = {}                          # shape -> indices
     for index in itertools.count():
         group = waiting.setdefault(tuple(dataset.bucket(index)), [])
@@ -350,7 +358,7 @@ def micro_batches(dataset, size):
 
 
 class MicroBatches(torch.utils.data.Dataset):
-    """Item (indices of samples) -> their Batch, the Draws of its loss, the FLOPs of a training step on it."""
+    """Indices -> their Batch, the Draws of its loss, the FLOPs of a training step on it."""
 
     def __init__(self, flags, dataset, tokenizer, cfg):
         self.flags = flags
@@ -367,7 +375,7 @@ class MicroBatches(torch.utils.data.Dataset):
         except InputError as error:
             if torch.utils.data.get_worker_info() is None:
                 raise
-            return error                                   # a worker's exceptions arrive with its traceback
+            return error                  # raised in a worker it would arrive with a traceback
         shape = tuple(batch.x1.shape[1:])
         N = shape[1] * shape[2] // P**2
         # the backward costs two forwards
@@ -376,7 +384,8 @@ class MicroBatches(torch.utils.data.Dataset):
 
 
 def make_loader(flags, items, micro, accumulate, first, rank, world, device):
-    """An iterator over the micro-batches of one process from step `first` on: every world-th one of all."""
+    """The micro-batches of one process from step `first` on, as an iterator. All processes walk the same list
+    of micro-batches; process `rank` takes every world-th of them."""
     order = itertools.islice(micro_batches(items.dataset, micro), flags.steps * accumulate * world)
     own = itertools.islice(order, first * accumulate * world + rank, None, world)
     gpu = device.type == "cuda"

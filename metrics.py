@@ -1,13 +1,12 @@
-"""How good is an edit? Scores by the oracle of the toy world, by CLIP and DINO for photographs, and the
-selection.
+"""How good is an edit? Scores by the toy world's oracle, by CLIP and DINO for photographs, and Table 3.
 
     python metrics.py toy --ckpt out/toy/last.pt             exact, adherence, faithfulness by task
     python metrics.py score DIR --clip FOLDER --dino FOLDER  CLIP-I, DINO, CLIP-T, CLIP-Dir, L1, L2 of edits
     python metrics.py select DIR                             selection among candidates (Sec. 6.1, Table 3)
 
 DIR is made by sample.py --data. adherence: was the instruction carried out? faithfulness: is everything else
-as it was? exact: both, in full. On the toy the oracle (toy/oracle.py) reads them from source, instruction
-and output alone; it never looks at the target. For photographs CLIP-Dir stands for adherence and DINO for
+as it was? exact: both, in full. On the toy the oracle (toy/oracle.py) reads them from source, instruction and
+output alone; it never looks at the target. For photographs CLIP-Dir stands for adherence and DINO for
 faithfulness.
 """
 import math
@@ -38,10 +37,11 @@ EDIT_METRICS = ("clip_i", "dino", "clip_t", "clip_dir", "l1", "l2", "copied")
 def evaluate(model, tokenizer, dataset, indices, steps=20, text_scale=1.0, image_scale=1.0,
              interval=(0.0, 1.0), pauses=0, plans=False, seed=0, batch=128, device="cpu", bf16=True,
              progress=True):
-    """Edit the samples of these indices, judged by the oracle -> task, complexity, scores, sample, output.
+    """Edit the samples of these indices, judged by the oracle -> for each a dict of task, complexity, scores,
+    sample and output.
 
-    The noise is a function of the index and of `seed`: models, pause counts and guidance are compared on the
-    same noise. plans: each instruction is followed by its plan (Eq. 7); the paper's editor never gets one.
+    Noise depends on the index and `seed` alone, so models, pause counts and guidance are compared on equal
+    noise. plans: append each sample's plan to its prompt (Eq. 7); the paper's editor is never given one.
     """
     size = dataset.world.size
     rows = []
@@ -51,7 +51,8 @@ def evaluate(model, tokenizer, dataset, indices, steps=20, text_scale=1.0, image
         prompts = [make_prompt(tokenizer, s.instruction, len(s.images), s.plan if plans else (), pauses)
                    for s in samples]
         images = [[to_tensor(image) for image in s.images] for s in samples]
-        x0 = noise((3, size, size), [index + 10**6 * seed for index in some], device)
+        seeds = [index + 10**6 * seed for index in some]     # those of two seeds do not overlap
+        x0 = noise((3, size, size), seeds, device)
         x = generate(model, tokenizer, prompts, images, x0, steps, text_scale, image_scale,
                      interval=interval, bf16=bf16)
         for sample, output in zip(samples, map(to_array, x)):
@@ -91,7 +92,7 @@ def toy_model(path, device="cpu"):
 
 
 def toy(flags):
-    """Table by task and complexity of a toy model on both held-out sets, between both ends of the scale."""
+    """Scores of a toy model by task on both held-out sets, then those of the source and the target."""
     device = processes()[2]
     model, tokenizer, trained = toy_model(flags.ckpt, device)
     world = flags.data or trained["data"]
@@ -112,7 +113,7 @@ def toy(flags):
         print(f"\n{split}: {flags.examples} examples of {world}, {flags.steps} Euler steps, "
               f"{flags.pauses} pause tokens" + ", plans given" * flags.plans)
         print(f"{'':16}{'number':>8}" + "".join(f"{score:>14}" for score in SCORES))
-        for name, values in [*result[split].items(), *ends_of_the_scale(dataset.world, rows)]:
+        for name, values in [*result[split].items(), *reference_scores(dataset.world, rows)]:
             print(f"{name:16}{values['number']:8}" + "".join(f"{values[score]:14.3f}" for score in SCORES))
     settings = {key: getattr(flags, key) for key in ("steps", "pauses", "plans", "text_scale", "image_scale",
                                                      "guidance_interval")}
@@ -120,8 +121,8 @@ def toy(flags):
     print(f"\nsampled and judged in {seconds:.1f} s; wrote {out}")
 
 
-def ends_of_the_scale(world, rows):
-    """Scores of the unchanged source and of the true target in the place of the output."""
+def reference_scores(world, rows):
+    """Reference points: scores of the unchanged source and of the true target, as if they were the output."""
     samples = [row["sample"] for row in rows if row["sample"].images]
     if not samples:
         return []
@@ -168,7 +169,7 @@ def edit_metrics(row, folder, clip, tokenizer, dino, against, device):
     or where the two captions are alike.
     """
     def encode(model, pixels):
-        return model.image_features(pixels[None].to(device))[0].float().cpu()       # (D,)
+        return model.image_features(pixels[None].to(device))[0].float().cpu()       # (features,)
     seen = {}
     for key in {"source", "output", against}:
         if row.get(key):
@@ -181,7 +182,7 @@ def edit_metrics(row, folder, clip, tokenizer, dino, against, device):
     for key in ("source_caption", "target_caption"):
         if row.get(key):
             ids, too_long = tokenizer([row[key]])
-            texts[key] = clip.text_features(ids.to(device))[0].float().cpu()        # (D,)
+            texts[key] = clip.text_features(ids.to(device))[0].float().cpu()        # (features,)
             cut += too_long
     captions_differ = len(texts) == 2 and row["source_caption"] != row["target_caption"]
 
@@ -212,7 +213,7 @@ def cosine(a, b):
     return F.cosine_similarity(a, b, dim=0).item()
 
 
-def average(values):
+def mean_or_none(values):
     """Mean of what is defined, or None."""
     values = [value for value in values if value is not None]
     return sum(values) / len(values) if values else None
@@ -226,7 +227,7 @@ def markdown(header, lines):
 
 
 def score(flags):
-    """CLIP-I, DINO, CLIP-T, CLIP-Dir, L1, L2, share of copies, by task, beside the unchanged source."""
+    """CLIP-I, DINO, CLIP-T, CLIP-Dir, L1, L2 and share of copies by task, beside the source's own."""
     device = processes()[2]
     folder = Path(flags.folder)
     clip, tokenizer = load_clip(flags.clip, device)
@@ -246,8 +247,8 @@ def score(flags):
     for name, group in groups.items():
         identity = [row["identity"] for row in group]
         for label, scores in ((name, group), (f"{name}, output = source", identity)):
-            means = [average([row[metric] for row in scores]) for metric in EDIT_METRICS]
-            lines.append([label, len(group), *means])
+            row_means = [mean_or_none([row[metric] for row in scores]) for metric in EDIT_METRICS]
+            lines.append([label, len(group), *row_means])
     undefined = sum(row["clip_dir"] is None for row in done)
     encoder = f"CLIP {Path(flags.clip).name}"
     text = markdown(["group", "number", *EDIT_METRICS], lines) + f"""
@@ -282,8 +283,8 @@ def pick(A, Fa, first, least=-math.inf):
 
 
 def protocol(A, Fa, min_faithfulness, min_adherence, resamples=1000):
-    """Table 3: A, Fa (items, candidates) -> {rule: adherence, faithfulness (mean and 95% interval), recall
-    (share of the items with a candidate that passes)}."""
+    """Table 3. A, Fa (items, candidates) -> {rule: recall, adherence, faithfulness}. Recall is the share of
+    items with a passing candidate; the two scores have a mean and a 95% interval."""
     passing = pick(A, Fa, "adherence", min_faithfulness)
     most_faithful = pick(A, Fa, "faithfulness")
     rules = {"best adherence": pick(A, Fa, "adherence"),
@@ -336,7 +337,7 @@ def candidate_sets(rows, adherence, faithfulness):
         raise InputError(f"no item has {adherence} and {faithfulness} for all candidates; run score first")
     wanted = {candidate for candidates in sets.values() for candidate in candidates}
     for item in kept:
-        for p, s in wanted - set(item):
+        for p, s in sorted(wanted - set(item)):
             name = next(iter(item.values()))["id"]
             raise InputError(f"item {name} has no candidate of {p} pauses, seed {s}; let sample.py finish")
 
@@ -348,7 +349,7 @@ def candidate_sets(rows, adherence, faithfulness):
 
 
 def select(flags):
-    """Table 3: pause counts, as many seeds (the control), and each count alone, over a folder."""
+    """Table 3 of a folder: the pause counts, as many seeds (the control), and each count alone."""
     folder = Path(flags.folder)
     rows = read_results(folder)
     on_toy = "adherence" in rows[0]
@@ -370,7 +371,7 @@ def select(flags):
             scores = [shown(**row[key]) for key in ("adherence", "faithfulness")]
             lines.append([name, rule, *scores, f"{row['recall']:.3f}"])
     identity = [next(iter(item.values())).get("identity") or {} for item in kept]
-    same = [average([own.get(key) for own in identity]) for key in (adherence, faithfulness)]
+    same = [mean_or_none([own.get(key) for own in identity]) for key in (adherence, faithfulness)]
     lines.append(["output = source", "as it is", *same, "1.000"])
     header = ["candidates", "rule", f"adherence ({adherence})", f"faithfulness ({faithfulness})", "recall"]
     text = markdown(header, lines)
@@ -406,8 +407,8 @@ def frontier(A, Fa):
     for threshold in np.quantile(Fa, np.linspace(0, 1, 21)):
         index = pick(A, Fa, "adherence", threshold)
         index = np.where(index >= 0, index, most_faithful)[:, None]
-        means = [float(np.take_along_axis(values, index, 1).mean()) for values in (Fa, A)]
-        points.append((*means, None, None))
+        point = [float(np.take_along_axis(values, index, 1).mean()) for values in (Fa, A)]
+        points.append((*point, None, None))
     return points
 
 
@@ -436,7 +437,8 @@ def main():
     command.add_argument("folder", help="made by sample.py --data --pauses ... --seeds ..., then scored")
     for key in ("adherence", "faithfulness"):
         command.add_argument(f"--{key}", help="the score to use; the oracle's, or CLIP-Dir and DINO")
-        command.add_argument(f"--min-{key}", type=float, help="threshold; Table 3's 0.91 for DINO and 0.09")
+        command.add_argument(f"--min-{key}", type=float, help="threshold; if not given 0.91 for DINO and "
+                             "0.09 for CLIP-Dir (Table 3); for the oracle 0.9 (faithfulness) and 1 (adherence)")
     flags = p.parse_args()
     flags.run(flags)
 

@@ -1,15 +1,16 @@
 """The unified transformer of MADI, one class from the toy to OmniGen-v1.
 
 The sequence is [condition | time token | target tokens]. Training runs all of it at once (`forward`). The
-condition (text with reference images in their places) never depends on the time or on the target, so
-sampling turns it into keys and values once (`encode`) and at every step runs only the time token and the
-target over them (`denoise`). Parameter names are OmniGen's own, so its released weights load as they are.
+condition (text, with reference images in it) depends neither on the time nor on the target, so sampling turns
+it into keys and values once (`encode`), and each step runs only the time token and the target, which attend
+to them (`denoise`). Parameters are named as in OmniGen, so its released weights load unchanged.
 
 Letters, the same in every file:
     B batch   L condition tokens   N target tokens (= h*w / P**2)   D width   H heads   E head width
-    S = L + 1 + N tokens in all   C channels of a latent (pixels: 3)   h, w its sides   P patch size
+    S = L + 1 + N tokens in all   T tokens of whatever a function is given (L, 1 + N or S)
+    C channels of a latent (pixels: 3)   h, w its sides   P patch size
 Time runs from noise to data: t = 0 is pure noise, t = 1 is the image. Boolean masks are named for what True
-means. What is called a latent is simply the image where there is no autoencoder, as on the toy.
+means. Without an autoencoder, as on the toy, "latent" simply means the image.
 """
 import math
 from dataclasses import dataclass
@@ -39,14 +40,14 @@ class Config:
     channels: int = 4
     patch: int = 2
     grid: int = 192                       # side of the position table, in tokens: the largest image
-    grid_step: float = 1 / 3              # distance of two neighbouring tokens in that table
+    grid_step: float = 1 / 3              # distance between neighbouring tokens in it
     rope_theta: float = 10000.0
     short_factor: list | None = None      # E/2 divisors of the RoPE frequencies, for sequences up to ...
     long_factor: list | None = None       # ... `original_positions`, and for longer ones
     max_positions: int = 131072
     original_positions: int = 4096
     eps: float = 1e-5
-    time_scale: float = 1.0               # of t in its features
+    time_scale: float = 1.0               # t is multiplied by this before its features
     qk_norm: bool = False                 # toy only: LayerNorm of queries and keys
     prediction: str = "velocity"          # what the output means: velocity, noise or x (magd.py)
 
@@ -55,11 +56,12 @@ class Config:
 class Condition:
     """A batch of prompts with their reference images, left-padded to the longest row.
 
-    Not a tuple: FSDP moves the tensors of a tuple to the GPU, and `kind` steers Python, on the CPU.
+    Not a tuple: FSDP would move every tensor of a tuple to the GPU, but `kind` is read by Python code and
+    stays on the CPU.
     """
     ids: torch.Tensor                     # (B, L) int64; anything at padding and image slots
     kind: torch.Tensor            # (B, L) int64 on the CPU: PADDING, TEXT, or k for the k-th image of the row
-    images: list               # of (k, C, h, w): all images in reading order, neighbours of one shape stacked
+    images: list               # of (n, C, h, w): all images in reading order, neighbours of one shape stacked
 
     def to(self, device):
         images = [stack.to(device, non_blocking=True) for stack in self.images]
@@ -82,18 +84,18 @@ def attention_rule(kind):
     """Which keys may a query look at? kind (B, S) of the whole sequence -> (B, S, S), True = may look.
 
     Text looks back; an image also sees all of itself; nobody sees padding. The time token counts as text, the
-    target as one more image. A row of the batch with padding, text, an image i, text, time and target x:
+    target as one more image. Here with padding p, words w, an image i, the time s, the target n:
 
-                   .  t  i  i  i  t  T  x  x
-        padding    x  x  x  x  x  x  x  x  x       never read; without keys its softmax would not be finite
-        text       .  x
-        image      .  x  x  x  x
-        image      .  x  x  x  x
-        image      .  x  x  x  x
-        text       .  x  x  x  x  x
-        time       .  x  x  x  x  x  x
-        target     .  x  x  x  x  x  x  x  x
-        target     .  x  x  x  x  x  x  x  x
+                   p  w  i  i  i  w  s  n  n
+        padding    #  #  #  #  #  #  #  #  #       never read; without keys its softmax would not be finite
+        word       .  #
+        image      .  #  #  #  #
+        image      .  #  #  #  #
+        image      .  #  #  #  #
+        word       .  #  #  #  #  #
+        time       .  #  #  #  #  #  #
+        target     .  #  #  #  #  #  #  #  #
+        target     .  #  #  #  #  #  #  #  #
 
     Computed by `attention` of common/attention.py, which skips what the rule hides.
     """
@@ -117,16 +119,15 @@ class RMSNorm(nn.Module):
             # autocast would turn a bf16 stream into float32 and back
             with torch.autocast(x.device.type, enabled=False):
                 return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
-        # on the CPU the backward of torch's own takes twice as long
+        # on the CPU the backward of F.rms_norm takes twice as long
         scale = (torch.linalg.vecdot(x, x) / x.shape[-1] + self.eps).rsqrt()
         return x * (scale[..., None] * self.weight)
 
 
 def rotate(x, rope):
-    """RoPE on x (B, H, L, E): each pair (a, b) = (x_i, x_{i + E/2}) is rotated, to (a cos - b sin, b cos + a
-    sin).
+    """RoPE on x (B, H, T, E): each pair (a, b) = (x_i, x_{i + E/2}) becomes (a cos - b sin, b cos + a sin).
 
-    The signs are in rope's sin, see Transformer.rope; roll puts b in the place of a and a in the place of b.
+    roll swaps the halves, so b stands in a's place; the minus sign is in rope's sin (Transformer.rope).
     """
     cos, sin = rope
     return x * cos.to(x.dtype) + x.roll(x.shape[-1] // 2, dims=-1) * sin.to(x.dtype)
@@ -142,15 +143,15 @@ class Attention(nn.Module):
         self.q_norm = nn.LayerNorm(E, bias=False) if cfg.qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(E, bias=False) if cfg.qk_norm else nn.Identity()
 
-    def qkv(self, x, rope):                                                         # x (B, L, D)
-        parts = self.qkv_proj(x).chunk(3, dim=-1)                                   # 3 of (B, L, D)
-        q, k, v = (rearrange(part, "b l (h e) -> b h l e", h=self.heads) for part in parts)  # (B, H, L, E)
+    def qkv(self, x, rope):                                                         # x (B, T, D)
+        parts = self.qkv_proj(x).chunk(3, dim=-1)                                   # 3 of (B, T, D)
+        q, k, v = (rearrange(part, "b l (h e) -> b h l e", h=self.heads) for part in parts)  # (B, H, T, E)
         q = self.q_norm(q).to(v.dtype)                           # autocast norms in float32 on a GPU
         k = self.k_norm(k).to(v.dtype)
-        return rotate(q, rope), rotate(k, rope), v                                  # (B, H, L, E) each
+        return rotate(q, rope), rotate(k, rope), v                                  # (B, H, T, E) each
 
-    def output(self, y):                                                            # y (B, H, L, E)
-        return self.o_proj(rearrange(y, "b h l e -> b l (h e)"))                    # (B, L, D)
+    def output(self, y):                                                            # y (B, H, T, E)
+        return self.o_proj(rearrange(y, "b h l e -> b l (h e)"))                    # (B, T, D)
 
 
 class FeedForward(nn.Module):
@@ -161,9 +162,9 @@ class FeedForward(nn.Module):
         self.gate_up_proj = nn.Linear(cfg.width, 2 * cfg.mlp, bias=False)
         self.down_proj = nn.Linear(cfg.mlp, cfg.width, bias=False)
 
-    def forward(self, x):                                                           # (B, L, D)
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)                            # (B, L, mlp) each
-        return self.down_proj(up * F.silu(gate))                                    # (B, L, D)
+    def forward(self, x):                                                           # (B, T, D)
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)                            # (B, T, mlp) each
+        return self.down_proj(up * F.silu(gate))                                    # (B, T, D)
 
 
 class Block(nn.Module):
@@ -177,10 +178,13 @@ class Block(nn.Module):
         self.mlp = FeedForward(cfg)
 
     def forward(self, x, rope, runs, past=None, first=0):
-        """x (B, L, D) -> x and its keys and values. past (sampling only): those of the condition, with room
-        at the end for these. Of the last layer's condition only keys and values are used: first > 0 returns
-        x from that token on, runs = None no x at all."""
-        q, k, v = self.self_attn.qkv(self.input_layernorm(x), rope)                 # (B, H, L, E) each
+        """x (B, T, D) -> the block's output, and its keys and values (k, v).
+
+        past (`denoise` only): keys and values of the condition with empty room at the end, where those of x
+        are written in place. Of what the last layer makes of the condition only keys and values are used:
+        first > 0 leaves out the first tokens of the output, runs = None all of it.
+        """
+        q, k, v = self.self_attn.qkv(self.input_layernorm(x), rope)                 # (B, H, T, E) each
         if runs is None:
             return None, (k, v)
         if past is not None:
@@ -188,8 +192,8 @@ class Block(nn.Module):
             past[0][:, :, room] = k
             past[1][:, :, room] = v
             k, v = past                                                             # (B, H, S, E) each
-        y = attention(q[:, :, first:], k, v, runs)                                  # (B, H, L - first, E)
-        x = x[:, first:] + self.self_attn.output(y)                                 # (B, L - first, D)
+        y = attention(q[:, :, first:], k, v, runs)                                  # (B, H, T - first, E)
+        x = x[:, first:] + self.self_attn.output(y)                                 # (B, T - first, D)
         x = x + self.mlp(self.post_attention_layernorm(x))
         return x, (k, v)
 
@@ -212,7 +216,7 @@ def position_table(cfg):
 
 
 def timestep_features(t):
-    """t (B,) -> (B, 256). OmniGen's t stays in [0, 1]; it is not multiplied by 1000."""
+    """Features of the time, t (B,) -> (B, 256). OmniGen's t is in [0, 1]; the toy's was scaled by 1000."""
     frequency = 10000.0 ** (-torch.arange(128, dtype=torch.float32, device=t.device) / 128)
     angle = t.float()[:, None] * frequency                                          # (B, 128)
     return torch.cat([angle.cos(), angle.sin()], dim=1)                             # (B, 256)
@@ -230,6 +234,8 @@ class PatchEmbed(nn.Module):
 
 
 class TimeEmbed(nn.Module):
+    """An MLP of the time features: `time_token` makes the token, `t_embedder` modulates the read-out."""
+
     def __init__(self, width):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
@@ -275,11 +281,11 @@ class Transformer(nn.Module):
         self.t_embedder = TimeEmbed(cfg.width)
         self.final_layer = FinalLayer(cfg)
         self.register_buffer("pos_embed", torch.empty(1, cfg.grid**2, cfg.width))
-        self.checkpointing = 0                     # so many blocks are recomputed in the backward, for memory
+        self.checkpointing = 0                     # number of blocks that the backward recomputes
 
     def init_weights(self):
-        """Xavier matrices and small embeddings. The last matrix of each branch is zero, so every block
-        starts as the identity; so is the read-out's, so the first output is zero."""
+        """Xavier matrices and small embeddings. The last matrix of each branch is zero, so that every block
+        starts as the identity; so are the read-out and its modulation, so that the first output is zero."""
         self.pos_embed.copy_(position_table(self.cfg)[None])
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -308,7 +314,7 @@ class Transformer(nn.Module):
         return table.flatten(0, 1).to(self.x_embedder.proj.weight.dtype)
 
     def rope(self, position, long):
-        """position (B, L); long (B,), rows of the long factors -> cos and signed sin, (B, 1, L, E)."""
+        """position (B, T); long (B,), rows of the long factors -> cos and signed sin, (B, 1, T, E)."""
         cfg = self.cfg
         half = cfg.width // cfg.heads // 2
         exponent = -torch.arange(half, device=position.device, dtype=torch.float32) / half
@@ -321,20 +327,21 @@ class Transformer(nn.Module):
             # use
             ratio = cfg.max_positions / cfg.original_positions
             scale = math.sqrt(1 + math.log(ratio) / math.log(cfg.original_positions))
-        angle = (position[..., None] * frequency)[:, None]                          # (B, 1, L, E/2)
+        angle = (position[..., None] * frequency)[:, None]                          # (B, 1, T, E/2)
         cos = angle.cos() * scale
         sin = angle.sin() * scale
-        return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)        # (B, 1, L, E) each
+        return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)        # (B, 1, T, E) each
 
     # -------------------------------------------------------------------- in and out
 
     def embed_condition(self, condition, N):
-        """-> x (B, L, D) and its rope; the positions (B, 1 + N) of what follows; long (B,), see rope."""
+        """-> x (B, L, D); its RoPE; positions (B, 1 + N) of the time token and the target, which follow it;
+        long (B,), True = a row that needs the long RoPE factors."""
         device = condition.ids.device
         P = self.cfg.patch
         x = self.llm.embed_tokens(condition.ids)                                    # (B, L, D)
-        # also without any image, so that all processes of a sharded model have gradients of the same
-        # parameters
+        # embedded even without any image, so that all processes of a sharded model have gradients of the
+        # same parameters
         patches = [x.new_zeros(0, self.input_x_embedder.proj.weight[0].numel())]
         where = [x.new_zeros(0, x.shape[2])]
         for stack in condition.images:                                              # (k, C, h, w)
@@ -357,8 +364,7 @@ class Transformer(nn.Module):
         x = self.x_embedder(patchify(x_t, P))                                       # (B, N, D)
         if masked is not None:                            # Eq. 4: replaced; its position, added below, stays
             x = torch.where(masked[:, :, None], mask_token[:, None].to(x.dtype), x)
-        # positions are in float32 where the weights are, and so is the stream from here on, also under
-        # autocast
+        # float32 where the weights are, also under autocast; the stream stays so
         x = x + self.positions(x_t.shape[2] // P, x_t.shape[3] // P)
         features = timestep_features(t * self.cfg.time_scale).to(self.pos_embed.dtype)  # (B, 256)
         time = self.time_token(features)[:, None].to(x.dtype)                       # (B, 1, D)
@@ -371,7 +377,8 @@ class Transformer(nn.Module):
         return rearrange(x.float(), "b (h w) (p q c) -> b c (h p) (w q)", h=x_t.shape[2] // P, p=P, q=P)
 
     def runs(self, condition, N, device):
-        """Which keys may be looked at, for the whole sequence (common/attention.py)."""
+        """The attention rule for the whole sequence, as runs of queries that see the same keys.
+        queries(runs, a, b) keeps those of the tokens a:b (common/attention.py)."""
         B, L = condition.kind.shape
         time = torch.full((B, 1), TEXT)
         target = (condition.kind.max(dim=1, keepdim=True)[0] + 1).clamp(min=1).expand(B, N)  # one more image
@@ -393,11 +400,12 @@ class Transformer(nn.Module):
         runs = self.runs(condition, N, x.device)
         *blocks, last = range(len(self.llm.layers))
         for number in blocks:
-            x, _ = self.run(number, x, rope, runs)                                  # (B, S, D)
-        x, _ = self.run(last, x, rope, queries(runs, L, L + 1 + N), None, L)        # (B, 1 + N, D)
+            x, _ = self.run_block(number, x, rope, runs)                                  # (B, S, D)
+        # of the last layer only the time token and the target are read
+        x, _ = self.run_block(last, x, rope, queries(runs, L, L + 1 + N), None, L)        # (B, 1 + N, D)
         return self.read_out(x, features, x_t)
 
-    def run(self, number, *inputs):
+    def run_block(self, number, *inputs):
         block = self.llm.layers[number]
         if number < self.checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)
@@ -407,15 +415,17 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def encode(self, condition, N):
-        """Condition -> Cache for targets of N tokens. `forward` computes the same of it at any t and x_t."""
+        """Condition -> Cache for targets of N tokens; it is the same for every t and x_t."""
         x, rope, position, long = self.embed_condition(condition, N)                # (B, L, D)
         L = x.shape[1]
         runs = self.runs(condition, N, x.device)
         layers = []
+        own = queries(runs, 0, L)
         for block in self.llm.layers[:-1]:
-            x, keys_values = block(x, rope, queries(runs, 0, L))                    # (B, L, D)
+            x, keys_values = block(x, rope, own)                    # (B, L, D)
             layers.append(keys_values)
-        layers.append(self.llm.layers[-1](x, rope, None)[1])
+        _, keys_values = self.llm.layers[-1](x, rope, None)      # of the last layer nothing else is needed
+        layers.append(keys_values)
         layers = [tuple(F.pad(value, (0, 0, 0, 1 + N)) for value in pair) for pair in layers]  # (B, H, S, E)
         return Cache(layers, self.rope(position, long), queries(runs, L, L + 1 + N))
 

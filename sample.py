@@ -4,10 +4,10 @@
     python sample.py --init omnigen:OmniGen-v1 --image photo.jpg --prompt "make the boat blue" --out edit.png
     python sample.py --ckpt out/toy/last.pt --data pairs.jsonl --out edits            each row of a file
 
-Euler steps along the flow, three-branch guidance, one encoding of the condition per image
+Euler steps along the flow, three-branch guidance with the condition encoded once per output
 (`Transformer.encode`), and the paper's inference-time scaling (Eq. 8, Sec. 6.1): one candidate for each
-number of pause tokens and each seed, of which one is selected. Writes the chosen image, a contact sheet of
-all candidates, and a JSON line for each.
+number of pause tokens and each seed. On the toy the oracle selects one; without an oracle the first is
+taken. Writes the chosen image, a contact sheet of all candidates, and a JSON line for each.
 """
 import itertools
 import json
@@ -48,16 +48,15 @@ def euler(velocity, x, steps, progress=False):
 @torch.no_grad()
 def generate(model, tokenizer, prompts, images, x0, steps=50, text_scale=2.5, image_scale=1.5, negative=None,
              low_memory=False, interval=(0.0, 1.0), bf16=True, progress=False):
-    """Images for a batch of prompts. images: a list of (C, h, w) per prompt; x0 (B, C, h, w) noise -> (B, C,
-    h, w).
+    """Images for a batch of prompts. images: a list of (C, h, w) per prompt; x0 noise -> (B, C, h, w) both.
 
-    Guidance mixes three velocities, v_full of prompt and images, v_img of the images, v_u of the negative
-    prompt (None: the empty one of training):
+    Guidance mixes three velocities: v_full (prompt and images), v_img (images only) and v_u (the negative
+    prompt; None: the empty prompt of training):
 
         v = v_u + image_scale (v_img - v_u) + text_scale (v_full - v_img)
 
-    A prompt without images has v_img = v_u. Where t is outside `interval` there is no guidance, only v_full.
-    low_memory: one branch after the other instead of all as one batch.
+    A prompt without images has v_img = v_u. Outside `interval`, a range of t, only v_full is used. With
+    low_memory or an interval, branches run one after the other instead of as one batch.
     """
     if interval != (0.0, 1.0) and text_scale == 0:
         raise InputError("a guidance interval needs a text scale above 0: outside it only the prompt counts")
@@ -72,25 +71,26 @@ def generate(model, tokenizer, prompts, images, x0, steps=50, text_scale=2.5, im
     branches = [(text_scale, prompts, images),
                 (image_scale - text_scale, only_images, images),
                 (1 - image_scale, [negative] * len(prompts), [[]] * len(prompts))]
-    branches = [branch for branch in branches if branch[0] != 0]      # a velocity of weight 0 is not computed
+    branches = [branch for branch in branches if branch[0] != 0]      # v_full stays first
     weights = [weight for weight, _, _ in branches]
+    # outside an interval v_full runs alone, so each branch needs a cache of its own
     together = not low_memory and interval == (0.0, 1.0)
 
     with autocast(device, bf16):
         caches = []
-        for batch in [branches] if together else [[branch] for branch in branches]:
-            texts = [text for _, own, _ in batch for text in own]
-            references = [own for _, _, lists in batch for own in lists]
+        for group in [branches] if together else [[branch] for branch in branches]:
+            texts = [text for _, own, _ in group for text in own]
+            references = [own for _, _, lists in group for own in lists]
             caches.append(model.encode(make_condition(tokenizer, texts, references, P).to(device), N))
 
         def velocities(x, t, caches):
             v = []
             for cache in caches:
-                branches = len(cache.layers[0][0]) // len(x)
-                x_t = x.repeat(branches, 1, 1, 1)                                   # (branches * B, C, h, w)
-                time = torch.full((len(x_t),), t, device=device)
-                output = model.denoise(x_t, time, cache)
-                v += magd.velocity(output, x_t, time, model.cfg.prediction).chunk(branches)
+                n = len(cache.layers[0][0]) // len(x)              # branches in this cache
+                x_t = x.repeat(n, 1, 1, 1)                                   # (n * B, C, h, w)
+                times = torch.full((len(x_t),), t, device=device)
+                output = model.denoise(x_t, times, cache)
+                v += magd.velocity(output, x_t, times, model.cfg.prediction).chunk(n)
             return v                                                                # of (B, C, h, w)
 
         def guided(x, t):
@@ -101,7 +101,7 @@ def generate(model, tokenizer, prompts, images, x0, steps=50, text_scale=2.5, im
 
 
 def noise(shape, seeds, device):
-    """One standard normal of `shape` per seed, the same on every device."""
+    """Standard normal noise of `shape`, one per seed, the same on every device."""
     rows = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return torch.stack(rows).to(device)
 
@@ -109,17 +109,17 @@ def noise(shape, seeds, device):
 # ------------------------------------------------------------------------------------------- selection
 
 def best(scores, first, least=-math.inf):
-    """Index of the candidate that is best by `first` ("adherence" or "faithfulness") among those whose other
-    score is at least `least`, or None. The other score breaks ties, then the order. scores: a dict for each
-    candidate."""
+    """Index of the candidate with the highest score `first` ("adherence" or "faithfulness") among those whose
+    other score is at least `least`; None if there is none. Ties go to the higher other score, then to the
+    earlier candidate. scores: one dict per candidate."""
     other = "faithfulness" if first == "adherence" else "adherence"
     passing = [k for k, score in enumerate(scores) if score[other] >= least]
     return max(passing, key=lambda k: (scores[k][first], scores[k][other]), default=None)
 
 
 def select(scores, threshold):
-    """Sec. 6.1: of the candidates with faithfulness >= threshold the one of highest adherence; if none
-    passes, the most faithful -> (index, did any pass?)"""
+    """Sec. 6.1: the candidate of highest adherence among those with faithfulness >= threshold; if there is
+    none, the most faithful one -> (index, did any pass?)"""
     chosen = best(scores, "adherence", threshold)
     if chosen is None:
         return best(scores, "faithfulness"), False
@@ -145,7 +145,7 @@ def load_checkpoint(path, device="cpu"):
         raise InputError(f"{path}: a fine-tuned OmniGen; give --init omnigen:{folder} instead")
     model = Transformer(Config(**state["config"])).init_weights()
     try:
-        model.load_state_dict({**state["model"], **state["ema"]}, strict=True)
+        model.load_state_dict({**state["model"], **state["ema"]})
     except RuntimeError as error:
         line = str(error).splitlines()[1].strip()
         raise InputError(f"{path}: the weights do not fit the model it describes: {line}") from None
@@ -182,7 +182,7 @@ def open_source(path, size):
 
 
 def edit(editor, flags, sources, instruction, pauses, seed, device, progress=True):
-    """Edit the sources (h, w, 3) uint8 by the instruction -> (h, w, 3) uint8, its number of tokens."""
+    """Edit the sources (h, w, 3) uint8 by the instruction -> (h, w, 3) uint8."""
     images = [to_tensor(source) for source in sources]
     if sources:
         height, width, _ = sources[0].shape
@@ -198,15 +198,13 @@ def edit(editor, flags, sources, instruction, pauses, seed, device, progress=Tru
     x = generate(editor.model, editor.tokenizer, [prompt], [images], x0, flags.steps, flags.text_scale,
                  flags.image_scale, flags.negative_prompt, flags.low_memory, flags.guidance_interval,
                  progress=progress)
-    tokens = shape[1] * shape[2] // editor.model.cfg.patch**2
-    return to_array((editor.vae.decode(x) if editor.vae else x)[0]), tokens
+    return to_array((editor.vae.decode(x) if editor.vae else x)[0])
 
 
 def preview(editor, dataset, path, flags, device, n=8):
-    """A sheet of n edits of a data set from fixed noise, for train.py: sources with instructions, outputs,
-    targets.
+    """A sheet of n edits of a data set from fixed noise: sources with instructions, outputs, targets.
 
-    -> mean absolute difference to the target, of the outputs and of the sources, in [0, 1]
+    -> mean absolute difference from the target, in [0, 1], of the outputs and of the unchanged sources
     """
     def pixels(x):
         return to_array(editor.vae.decode(x[None].to(device))[0] if editor.vae else x)
@@ -250,7 +248,7 @@ def edit_row(editor, flags, out, number, row, pauses, seed, device):
     sources = [open_source(path, editor.size) for path in row["input_images"]]
     # a benchmark's scorer looks where save_as says (tools/prepare.py)
     path = below(out, row.get("save_as", "pauses{pauses}_seed{seed}/" + f"{number:05d}.png"), pauses, seed)
-    output, _ = edit(editor, flags, sources, row["instruction"], pauses, seed, device, progress=False)
+    output = edit(editor, flags, sources, row["instruction"], pauses, seed, device, progress=False)
     scores = {}
     if editor.world:
         scores = judge(editor.world, sources[0] if sources else None, row["instruction"], output)
@@ -312,13 +310,13 @@ def edit_prompt(editor, flags, device):
     outputs = []
     start = time.perf_counter()
     for pauses, seed in itertools.product(flags.pauses, flags.seeds):
-        output, tokens = edit(editor, flags, sources, flags.prompt, pauses, seed, device)
+        output = edit(editor, flags, sources, flags.prompt, pauses, seed, device)
         outputs.append(output)
         records.append({"pauses": pauses, "seed": seed})
     seconds = (time.perf_counter() - start) / flags.steps / len(records)
     height, width, _ = outputs[0].shape
-    print(f"{width} x {height} pixels, {tokens} tokens; {len(records)} candidates of {flags.steps} steps, "
-          f"{seconds:.3f} s a step")
+    print(f"{width} x {height} pixels; {len(records)} candidates of {flags.steps} steps, {seconds:.3f} s a "
+          f"step, all included")
 
     chosen = 0
     if editor.world:
@@ -351,10 +349,10 @@ def caption(record):
 def parse_flags():
     p = parser(__doc__)
     p.add_argument("--ckpt", help="a checkpoint of train.py")
-    p.add_argument("--init", help="or omnigen:FOLDER, with the files of OmniGen-v1 in FOLDER")
+    p.add_argument("--init", help="instead of --ckpt: omnigen:FOLDER, with OmniGen-v1's files in FOLDER")
     p.add_argument("--image", action="append", default=[], help="image to edit; repeat it for more")
     p.add_argument("--prompt", help="the instruction; without --image a caption")
-    p.add_argument("--data", help="or a JSONL file: edit each of its rows, into the folder --out")
+    p.add_argument("--data", help="instead of --prompt: a JSONL file; edits each row, into the folder --out")
     p.add_argument("--pauses", type=numbers, default=[0], help="numbers of pause tokens, one candidate each")
     p.add_argument("--seeds", type=numbers, default=[0], help="noise seeds, one candidate each")
     p.add_argument("--threshold", type=float, default=0.9, help="least faithfulness to be chosen (0.9)")

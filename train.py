@@ -5,7 +5,7 @@
     python train.py --data pairs.jsonl --size 32     your own image pairs, in pixels
     torchrun --nproc-per-node 4 train.py ...         the same on several GPUs
     python train.py --preset small --data hard --init out/small/last.pt --out out/hard
-                                                     go on from a checkpoint with other data or another loss
+                                                     continue from a checkpoint, on other data or with another loss
     torchrun --nproc-per-node 8 train.py --preset omnigen --init omnigen:OmniGen-v1 --data pairs.jsonl
                                                      fine-tune OmniGen-v1, the paper's run
 
@@ -52,7 +52,7 @@ from toy.world import WORLDS
 
 # ------------------------------------------------------------------------------------------- flags
 
-PRESETS = {                               # values that differ from the defaults below
+PRESETS = {                               # what a preset sets; all else has the defaults below
     "toy": dict(data="shapes", size=16, patch=4, width=96, layers=8, heads=6, mlp=192, batch=64, steps=1400,
                 lr=6e-3, muon_lr=0.03, t_mean=-0.8),
     # for experiments: many runs of some minutes
@@ -77,7 +77,7 @@ def flag_parser():
     flag("--init", help="weights to start from: a checkpoint of this script, or omnigen:FOLDER, OmniGen-v1")
     flag("--latents", help="folder of `python -m pretrained.latents`; DATA.latents if not given")
     flag("--out", help="folder of the run; out/PRESET if not given")
-    flag("--resume", action="store_true", help="go on from last.pt in that folder")
+    flag("--resume", action="store_true", help="continue from last.pt in --out")
     flag("--seed", type=NONE_OR_MORE, default=0)
     # model
     flag("--size", type=COUNT, help="pixels of a side, OmniGen: the longer one; a toy world has its own")
@@ -111,7 +111,7 @@ def flag_parser():
     flag("--weight-decay", type=ZERO_OR_MORE, default=0.0)
     flag("--warmup", type=NONE_OR_MORE, default=50, help="steps")
     flag("--clip", type=POSITIVE, default=1.0, help="largest norm of the gradient")
-    flag("--ema", type=SHARE, default=0.99, help="decay of the averaged weights; 0 = no average")
+    flag("--ema", type=SHARE, default=0.99, help="decay of the exponential moving average of the weights; 0 = none")
     # evaluation
     flag("--eval-examples", type=NONE_OR_MORE, default=512, help="of each held-out set, at the end")
     flag("--eval-steps", type=COUNT, default=20, help="Euler steps")
@@ -130,7 +130,7 @@ def flag_parser():
 
 def parse_flags():
     p = flag_parser()
-    preset = argparse.ArgumentParser(add_help=False)       # looked at first: --help shows the preset's values
+    preset = argparse.ArgumentParser(add_help=False)       # looked at first: --help shows its values
     preset.add_argument("--preset", default="toy")
     p.set_defaults(**PRESETS.get(preset.parse_known_args()[0].preset, {}))
     flags = p.parse_args()
@@ -165,22 +165,22 @@ def check_omnigen_flags(p, flags):
 # ------------------------------------------------------------------------------------------- set-up
 
 class Setup(NamedTuple):
-    """What training needs of the toy or of OmniGen; from here on they are treated alike."""
+    """What training needs; from here on the toy and OmniGen are treated alike."""
     editor: Editor                        # model, tokenizer, autoencoder if there is one
     dataset: Shapes | Pairs | Latents
     examples: Shapes | Pairs | Latents    # for the pictures: held out, or the training data if nothing is
     mask_tokens: magd.MaskTokens | None
-    trained_model: torch.nn.Module        # the model and the mask tokens, wrapped where processes have to
-    trained_mask_tokens: torch.nn.Module | None            # add up their gradients
+    trained_model: torch.nn.Module        # the model, in DDP if there are several processes
+    trained_mask_tokens: torch.nn.Module | None            # likewise
     words: list | None                    # the vocabulary, for the checkpoint; OmniGen has its tokenizer.json
 
 
-def set_up_toy(flags, world, device, resumed):
+def set_up_from_scratch(flags, world, device, resumed):
     """A model in pixels, from scratch or from a checkpoint; data parallel (DDP)."""
     dataset = open_data(flags.data, "train", flags.size, flags.seed)
     tokenizer = Words(dataset.words)
     grid = flags.size // flags.patch
-    # an image spans 64 positions of the table, whatever its size, and times run to 1000, as in DiT
+    # positions run from 0 to 64 whatever the image size; times run to 1000, as in DiT
     cfg = Config(len(tokenizer), flags.width, flags.layers, flags.heads, flags.mlp, 3, flags.patch, grid,
                  grid_step=64 / grid, time_scale=1000.0, qk_norm=True, prediction=flags.prediction)
     model = Transformer(cfg).init_weights().to(device)
@@ -189,11 +189,12 @@ def set_up_toy(flags, world, device, resumed):
     mask_tokens = make_mask_tokens(flags, cfg, device)
     editor = Editor(model, tokenizer, None, flags.size, WORLDS.get(flags.data))
     examples = Shapes(flags.data, "iid", flags.seed) if editor.world else dataset
-    trained = [model, mask_tokens]
+    trained_model = model
+    trained_mask_tokens = mask_tokens
     if world > 1:
-        trained[0] = DistributedDataParallel(model, broadcast_buffers=False)
-        trained[1] = DistributedDataParallel(mask_tokens) if mask_tokens else None
-    return Setup(editor, dataset, examples, mask_tokens, *trained, tokenizer.words)
+        trained_model = DistributedDataParallel(model, broadcast_buffers=False)
+        trained_mask_tokens = DistributedDataParallel(mask_tokens) if mask_tokens else None
+    return Setup(editor, dataset, examples, mask_tokens, trained_model, trained_mask_tokens, tokenizer.words)
 
 
 def set_up_omnigen(flags, device):
@@ -218,7 +219,7 @@ def make_mask_tokens(flags, cfg, device):
 
 
 def start_from(model, tokenizer, path):
-    """Fill a fresh model with the averaged weights of a checkpoint, which has to be of the same kind."""
+    """Fill a fresh model with a checkpoint's weights (averaged, if it has averages), not its mask tokens."""
     other, _ = load_checkpoint(path)
     differ = [f"{key} {value} instead of {getattr(model.cfg, key)}"
               for key, value in asdict(other.model.cfg).items() if value != getattr(model.cfg, key)]
@@ -260,12 +261,12 @@ def averaged(model, average):
             mean.copy_(old)
     swap()
     yield
-    reshard(model)                                        # or the gathered averages would serve the next step
+    reshard(model)                                        # FSDP keeps gathered weights; the next step must not use these
     swap()
 
 
 def describe(flags, setup, items, micro, accumulate, world, device, say):
-    """Print every derived number before the first step, and let memory decide how much is recomputed."""
+    """Print the derived numbers before the first step, and choose how many blocks are recomputed."""
     cfg = setup.editor.model.cfg
     order = micro_batches(setup.dataset, micro)
     batches = [items[indices] for indices in itertools.islice(order, min(16, accumulate * world))]
@@ -320,11 +321,11 @@ def train(flags):
     out = make_folder(flags.out)
     last = out / "last.pt"
     if last.exists() and not flags.resume:
-        raise InputError(f"{out} already holds a run. Go on with --resume, or choose another --out.")
+        raise InputError(f"{out} already holds a run. Continue with --resume, or choose another --out.")
     state = read_checkpoint(last) if flags.resume else None
 
     torch.manual_seed(flags.seed)
-    setup = set_up_omnigen(flags, device) if omnigen else set_up_toy(flags, world, device, flags.resume)
+    setup = set_up_omnigen(flags, device) if omnigen else set_up_from_scratch(flags, world, device, flags.resume)
     model = setup.editor.model
     if flags.compile:
         compile_blocks(model)
@@ -334,6 +335,7 @@ def train(flags):
     optimizers = make_optimizers(flags, model, setup.mask_tokens, flags.bf16 and fast_bf16(device))
     first = 0
     seconds = 0.0
+    # a checkpoint has weights, averages, mask tokens, optimizers and the step; data and noise follow from it
     if state:
         check_resume(state, flags, model.cfg, setup.words, last)
         restore(state, model, setup.mask_tokens, average, optimizers)
@@ -344,11 +346,11 @@ def train(flags):
     count = describe(flags, setup, items, micro, accumulate, world, device, say)
     if first:
         say(f"resuming at step {first}")
-    if rank == 0:                                          # steps that are done again leave the log
+    if rank == 0:                                          # drop the log of steps that will be repeated
         kept = [line for line in finished(out / "log.jsonl") if line["step"] <= first]
         write_jsonl(out / "log.jsonl", kept)
     gpu = torch.cuda.get_device_name() if device.type == "cuda" else None
-    stop = []
+    stop = []                                              # not empty after Ctrl-C
     signal.signal(signal.SIGINT, lambda *_: stop.append(True))
 
     # ------------------------------------------------------------------ the loop
@@ -386,14 +388,14 @@ def train(flags):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         if average:
-            decay = min(flags.ema, (step + 1) / (step + 10))           # the fresh weights are soon forgotten
+            decay = min(flags.ema, (step + 1) / (step + 10))           # early on, forget the initial weights fast
             with torch.no_grad():
                 torch._foreach_lerp_(average, weights, 1 - decay)
 
         done = step + 1
         save = done % flags.save_every == 0 or done == flags.steps
-        draw = done % flags.sample_every == 0
-        if not (done % flags.log_every == 0 or save or draw):
+        picture = done % flags.sample_every == 0
+        if not (done % flags.log_every == 0 or save or picture):
             continue
         now = time.perf_counter()
         sums["stop"] += bool(stop)                         # Ctrl-C may reach one process only
@@ -404,14 +406,14 @@ def train(flags):
         if save or stopped:
             save_checkpoint(last, model, setup.mask_tokens, average, optimizers, step=done, words=setup.words,
                             flags=vars(flags), seconds=seconds + now - start)
-        if draw:
+        if picture:
             with averaged(model, average):
                 preview(setup.editor, setup.examples, out / "samples" / f"step_{done:06d}.png", flags, device)
         if stopped:
             bar.close()
-            say(f"stopped at step {done} of {flags.steps}; {last} is saved. Go on with --resume.")
+            say(f"stopped at step {done} of {flags.steps}; {last} is saved. Continue with --resume.")
             sys.exit(130)
-        tick = time.perf_counter()                         # saving and drawing are not training
+        tick = time.perf_counter()                         # saves and pictures are not timed
     bar.close()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     seconds += time.perf_counter() - start
@@ -421,24 +423,24 @@ def train(flags):
     result = {"seconds": seconds, "steps": flags.steps, "images": flags.steps * flags.batch,
               "parameters": count, "seed": flags.seed, "preset": flags.preset, "processes": world,
               "device": gpu or "cpu", "torch": torch.__version__, "flags": vars(flags)}
-    picture = out / "samples" / "final.png"
+    final = out / "samples" / "final.png"
     with averaged(model, average):
         if setup.editor.world and flags.eval_examples:
             result |= held_out_scores(setup, flags, rank, world, device, say)
-        result["l1"], result["l1_identity"] = preview(setup.editor, setup.examples, picture, flags, device)
+        result["l1"], result["l1_identity"] = preview(setup.editor, setup.examples, final, flags, device)
         if omnigen:
             export(model, omnigen_folder(flags.init), out / "export")
             say(f"wrote {out / 'export'}: python sample.py --init omnigen:{out / 'export'}")
     if rank == 0:
         write_json(out / "result.json", result)
         plot_losses(finished(out / "log.jsonl"), out / "loss.png")
-        say(f"wrote {last}, {out / 'result.json'} and the picture {picture}")
+        say(f"wrote {last}, {out / 'result.json'} and the picture {final}")
 
 
 def main():
     train(parse_flags())
     if dist.is_initialized():
-        gc.collect()                      # DDP goes before the process group: after it, its destructor can deadlock
+        gc.collect()                      # before the process group: DDP destroyed after it can deadlock
         dist.barrier()
         dist.destroy_process_group()
 

@@ -201,7 +201,7 @@ def test_from_photographs_to_an_edit(tmp_path):
         assert name == "pos_embed" or not a.equal(before), name        # everything was trained
     edit = run("sample.py", "--init", f"omnigen:{out / 'export'}", "--image", pairs.parent / "7.jpg", "--prompt", "invert the right half",
                "--steps", 2, "--pauses", "0,2", "--out", tmp_path / "edit.png", check=0)
-    assert "288 x 192 pixels, 216 tokens" in edit.stdout and "s a step" in edit.stdout
+    assert "288 x 192 pixels; 2 candidates" in edit.stdout and "s a step" in edit.stdout
     assert Image.open(tmp_path / "edit.png").size == (288, 192)
 
 

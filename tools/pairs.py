@@ -14,7 +14,7 @@ from tqdm import tqdm
 from common.cli import COUNT, add_command, parser, run_script
 from common.files import InputError, json_lines, read_bytes, write_jsonl
 from common.images import open_image, save_image, sheet
-from data import HINT, Shapes, check_row, open_data
+from data import DATA_HINT, Shapes, check_row, open_data
 from toy.world import WORLDS
 
 def show(flags):
@@ -57,7 +57,7 @@ def check(flags):
     """Read every row and every image of a JSONL file; print each bad row; exit 1 if there is any."""
     good = 0
     bad = 0
-    for number, row in tqdm(json_lines(read_bytes(flags.data, HINT)), desc="rows", unit=""):
+    for number, row in tqdm(json_lines(read_bytes(flags.data, DATA_HINT)), desc="rows", unit=""):
         try:
             if isinstance(row, InputError):
                 raise row
