@@ -438,7 +438,7 @@ def main():
     for key in ("adherence", "faithfulness"):
         command.add_argument(f"--{key}", help="the score to use; the oracle's, or CLIP-Dir and DINO")
         command.add_argument(f"--min-{key}", type=float, help="threshold; if not given 0.91 for DINO and "
-                             "0.09 for CLIP-Dir (Table 3); for the oracle 0.9 (faithfulness) and 1 (adherence)")
+                             "0.09 for CLIP-Dir (Table 3); the oracle's: 0.9 (faithfulness), 1 (adherence)")
     flags = p.parse_args()
     flags.run(flags)
 

@@ -5,13 +5,13 @@
     python train.py --data pairs.jsonl --size 32     your own image pairs, in pixels
     torchrun --nproc-per-node 4 train.py ...         the same on several GPUs
     python train.py --preset small --data hard --init out/small/last.pt --out out/hard
-                                                     continue from a checkpoint, on other data or with another loss
+                                                     continue from a checkpoint, on other data
     torchrun --nproc-per-node 8 train.py --preset omnigen --init omnigen:OmniGen-v1 --data pairs.jsonl
                                                      fine-tune OmniGen-v1, the paper's run
 
-Everything random is a function of the seed and the index of the sample, so a resumed run goes on exactly as
-it would have, and the number of processes does not change the result. Start reading at `main`: set-up, then
-the loop.
+Everything random is a function of the seed and the index of the sample. So a resumed run continues as if it
+had not been interrupted (bit for bit on a CPU), and several processes give the result of one up to rounding.
+Start reading at `train`: set-up, then the loop.
 """
 import argparse
 import gc
@@ -111,7 +111,7 @@ def flag_parser():
     flag("--weight-decay", type=ZERO_OR_MORE, default=0.0)
     flag("--warmup", type=NONE_OR_MORE, default=50, help="steps")
     flag("--clip", type=POSITIVE, default=1.0, help="largest norm of the gradient")
-    flag("--ema", type=SHARE, default=0.99, help="decay of the exponential moving average of the weights; 0 = none")
+    flag("--ema", type=SHARE, default=0.99, help="decay of the moving average of the weights; 0 = none")
     # evaluation
     flag("--eval-examples", type=NONE_OR_MORE, default=512, help="of each held-out set, at the end")
     flag("--eval-steps", type=COUNT, default=20, help="Euler steps")
@@ -213,9 +213,8 @@ def set_up_omnigen(flags, device):
 
 
 def make_mask_tokens(flags, cfg, device):
-    if flags.mask_token == "zero" or flags.p_magd == 0:
-        return None
-    return magd.MaskTokens(cfg.width).to(device)
+    learned = flags.mask_token == "learned" and flags.p_magd > 0
+    return magd.MaskTokens(cfg.width).to(device) if learned else None
 
 
 def start_from(model, tokenizer, path):
@@ -261,7 +260,7 @@ def averaged(model, average):
             mean.copy_(old)
     swap()
     yield
-    reshard(model)                                        # FSDP keeps gathered weights; the next step must not use these
+    reshard(model)                        # FSDP keeps gathered weights; the next step must not use these
     swap()
 
 
@@ -325,7 +324,10 @@ def train(flags):
     state = read_checkpoint(last) if flags.resume else None
 
     torch.manual_seed(flags.seed)
-    setup = set_up_omnigen(flags, device) if omnigen else set_up_from_scratch(flags, world, device, flags.resume)
+    if omnigen:
+        setup = set_up_omnigen(flags, device)
+    else:
+        setup = set_up_from_scratch(flags, world, device, flags.resume)
     model = setup.editor.model
     if flags.compile:
         compile_blocks(model)
@@ -388,7 +390,7 @@ def train(flags):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         if average:
-            decay = min(flags.ema, (step + 1) / (step + 10))           # early on, forget the initial weights fast
+            decay = min(flags.ema, (step + 1) / (step + 10))     # early on, forget the initial weights fast
             with torch.no_grad():
                 torch._foreach_lerp_(average, weights, 1 - decay)
 
