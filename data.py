@@ -134,8 +134,7 @@ def read_rows(path, targets=True):
     A row has instruction, input_images (a list, maybe empty) and output_image (null if there is none: such a
     row can be edited, but not trained on); optionally mask, plan (list of steps), source_caption,
     target_caption and task. Paths are relative to the file. OmniGen's own rows have this form. A benchmark's
-    row may also have id, save_as and save_also, for its scorer (tools/prepare.py).
-    """
+    row may also have id, save_as and save_also, for its scorer (tools/prepare.py)."""
     rows = []
     for number, row in rows_of(path, DATA_HINT):
         try:
@@ -214,8 +213,7 @@ def make_prompt(tokenizer, instruction, n_images=0, plan=(), pauses=0):
     - at inference, `pauses` pause tokens (Eq. 8).
 
     Pause tokens are ordinary tokens of the prompt. They add positions that the target can attend to, and they
-    also shift the target's RoPE positions by as many. Without --p-plan training never shows one.
-    """
+    also shift the target's RoPE positions by as many. Without --p-plan training never shows one."""
     prompt = place_images(instruction, n_images, tokenizer.images_first)
     for step in plan:
         prompt += f" {step} {tokenizer.pause}"
@@ -310,8 +308,7 @@ def training_prompt(tokenizer, sample, rng, p_drop, p_plan, p_masked_source):
 
     With probability p_drop the instruction is emptied; half of those samples lose their images too. They
     train the two weaker branches of guidance. With probability p_plan the plan follows the instruction; with
-    probability p_masked_source the blanked source is one more image.
-    """
+    probability p_masked_source the blanked source is one more image."""
     drop = rng.random()                   # always three draws, so that no option shifts another
     plan = rng.random()
     blank_source = rng.random()

@@ -57,8 +57,7 @@ def token_mask(draws, p_magd, tau, r_mask):
     """Second corruption: which tokens are masked, (B, N), True = masked.
 
     A sample is selected if u < p_magd and 1 - t >= tau (Eq. 6), then each of its tokens with chance r_mask
-    (Eq. 4).
-    """
+    (Eq. 4)."""
     noise_level = 1 - draws.t                                                       # (B,)
     selected = (draws.u < p_magd) & (noise_level >= tau)                            # (B,)
     return selected[:, None] & (draws.u_token < r_mask)                               # (B, N)
@@ -83,8 +82,7 @@ def edit_weight(x1, source, edit):
 
     With d = |x1 - source| and m = mean(d) of a sample: where d > 0.3 the weight is 1 / m, clamped to [5, 64];
     elsewhere it is 1. Equal images (m < 0.001) have nothing to teach and get 0. Entirely different ones
-    (m > 0.8) have no region to favour and get 1. edit (B,): False = no source to compare with, weight 1.
-    """
+    (m > 0.8) have no region to favour and get 1. edit (B,): False = no source to compare with, weight 1."""
     d = (x1 - source).abs()
     m = d.mean(dim=(1, 2, 3), keepdim=True)                                         # (B, 1, 1, 1)
     weight = torch.where((d > 0.3) & (m <= 0.8), (1 / (m + 1e-6)).clamp(5, 64), 1.0)
@@ -142,8 +140,7 @@ def other_corruption(x1, draws, masked, corruption):
     mask-noise, as in the caption of Figure 1: masked patches are blanked in the image, then noise is added.
     mask: a masked sample gets no noise. With x0 = 0 and t = 1 its velocity x1 - x0 is the image itself, so
     its loss is the masked autoencoder's (Eq. 1). This fits the other samples: at t = 1 x_t tells nothing
-    about x0, whose mean is 0.
-    """
+    about x0, whose mean is 0."""
     x0 = draws.x0
     t = draws.t
     if corruption == "mask-noise":

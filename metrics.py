@@ -41,8 +41,7 @@ def evaluate(model, tokenizer, dataset, indices, steps=20, text_scale=1.0, image
     sample and output.
 
     Noise depends on the index and `seed` alone, so models, pause counts and guidance are compared on equal
-    noise. plans: append each sample's plan to its prompt (Eq. 7); the paper's editor is never given one.
-    """
+    noise. plans: append each sample's plan to its prompt (Eq. 7); the paper's editor is never given one."""
     size = dataset.world.size
     rows = []
     for start in tqdm(range(0, len(indices), batch), desc=dataset.split, disable=not progress, leave=False):
@@ -166,8 +165,7 @@ def edit_metrics(row, folder, clip, tokenizer, dino, against, device):
 
     against: what CLIP-I, DINO, L1 and L2 compare the output with, "target" (MagicBrush) or "source"
     (Emu-Edit). A metric that is not defined for a row is None: without a reference, a source or a caption,
-    or where the two captions are alike.
-    """
+    or where the two captions are alike."""
     def encode(model, pixels):
         return model.image_features(pixels[None].to(device))[0].float().cpu()       # (features,)
     seen = {}

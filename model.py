@@ -57,8 +57,7 @@ class Condition:
     """A batch of prompts with their reference images, left-padded to the longest row.
 
     Not a tuple: FSDP would move every tensor of a tuple to the GPU, but `kind` is read by Python code and
-    stays on the CPU.
-    """
+    stays on the CPU."""
     ids: torch.Tensor                     # (B, L) int64; anything at padding and image slots
     kind: torch.Tensor            # (B, L) int64 on the CPU: PADDING, TEXT, or k for the k-th image of the row
     images: list               # of (n, C, h, w): all images in reading order, neighbours of one shape stacked
@@ -97,8 +96,7 @@ def attention_rule(kind):
         target     .  #  #  #  #  #  #  #  #
         target     .  #  #  #  #  #  #  #  #
 
-    Computed by `attention` of common/attention.py, which skips what the rule hides.
-    """
+    Computed by `attention` of common/attention.py, which skips what the rule hides."""
     S = kind.shape[1]
     causal = torch.ones(S, S, dtype=torch.bool, device=kind.device).tril()          # (S, S)
     same_image = (kind[:, :, None] == kind[:, None, :]) & (kind > TEXT)[:, :, None]  # (B, S, S)
@@ -127,8 +125,7 @@ class RMSNorm(nn.Module):
 def rotate(x, rope):
     """RoPE on x (B, H, T, E): each pair (a, b) = (x_i, x_{i + E/2}) becomes (a cos - b sin, b cos + a sin).
 
-    roll swaps the halves, so b stands in a's place; the minus sign is in rope's sin (Transformer.rope).
-    """
+    roll swaps the halves, so b stands in a's place; the minus sign is in rope's sin (Transformer.rope)."""
     cos, sin = rope
     return x * cos.to(x.dtype) + x.roll(x.shape[-1] // 2, dims=-1) * sin.to(x.dtype)
 
@@ -182,8 +179,7 @@ class Block(nn.Module):
 
         past (`denoise` only): keys and values of the condition with empty room at the end, where those of x
         are written in place. Of what the last layer makes of the condition only keys and values are used:
-        first > 0 leaves out the first tokens of the output, runs = None all of it.
-        """
+        first > 0 leaves out the first tokens of the output, runs = None all of it."""
         q, k, v = self.self_attn.qkv(self.input_layernorm(x), rope)                 # (B, H, T, E) each
         if runs is None:
             return None, (k, v)
@@ -389,8 +385,7 @@ class Transformer(nn.Module):
     def forward(self, x_t, t, condition, masked=None, mask_token=None):
         """x_t (B, C, h, w), t (B,) -> what `prediction` says, (B, C, h, w): condition and target in one pass.
 
-        masked (B, N), True = masked: the embedding of that token is replaced by mask_token (B, D) (Eq. 4).
-        """
+        masked (B, N), True = masked: the embedding of that token is replaced by mask_token (B, D) (Eq. 4)."""
         target, features = self.embed_target(x_t, t, masked, mask_token)            # (B, 1 + N, D)
         N = target.shape[1] - 1
         x, rope, position, long = self.embed_condition(condition, N)                # (B, L, D)

@@ -56,8 +56,7 @@ def generate(model, tokenizer, prompts, images, x0, steps=50, text_scale=2.5, im
         v = v_u + image_scale (v_img - v_u) + text_scale (v_full - v_img)
 
     A prompt without images has v_img = v_u. Outside `interval`, a range of t, only v_full is used. With
-    low_memory or an interval, branches run one after the other instead of as one batch.
-    """
+    low_memory or an interval, branches run one after the other instead of as one batch."""
     if interval != (0.0, 1.0) and text_scale == 0:
         raise InputError("a guidance interval needs a text scale above 0: outside it only the prompt counts")
     device = x0.device
@@ -204,8 +203,7 @@ def edit(editor, flags, sources, instruction, pauses, seed, device, progress=Tru
 def preview(editor, dataset, path, flags, device, n=8):
     """A sheet of n edits of a data set from fixed noise: sources with instructions, outputs, targets.
 
-    -> mean absolute difference from the target, in [0, 1], of the outputs and of the unchanged sources
-    """
+    -> mean absolute difference from the target, in [0, 1], of the outputs and of the unchanged sources"""
     def pixels(x):
         return to_array(editor.vae.decode(x[None].to(device))[0] if editor.vae else x)
     rows = [[], [], []]

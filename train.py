@@ -337,8 +337,7 @@ def train(flags):
     optimizers = make_optimizers(flags, model, setup.mask_tokens, flags.bf16 and fast_bf16(device))
     first = 0
     seconds = 0.0
-    # a checkpoint has weights, averages, mask tokens, optimizers and the step; data and noise follow from it
-    if state:
+    if state:                              # data and noise follow from the step
         check_resume(state, flags, model.cfg, setup.words, last)
         restore(state, model, setup.mask_tokens, average, optimizers)
         first = state["step"]

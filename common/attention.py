@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 LONG = 1000                              # tokens: longer rows of different layouts are attended to one by one
 
-# without cuDNN's: it is reported to plan anew for every length, and here nearly every row has its own (unmeasured)
+# without cuDNN's, which is reported to plan anew for every length; in training there are many (unmeasured)
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 

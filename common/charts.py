@@ -7,8 +7,7 @@ from common.files import InputError, optional, writing
 def line_charts(panels, path):
     """Charts side by side in one PNG file. panels: (title, x label, y label, {series: [(x, y, low, high)]}).
 
-    low and high are the ends of an interval, drawn as a bar, or None. Without matplotlib one line says so.
-    """
+    low and high are the ends of an interval, drawn as a bar, or None. Without matplotlib one line says so."""
     try:
         Figure = optional("matplotlib.figure").Figure
     except InputError as error:
@@ -27,7 +26,8 @@ def line_charts(panels, path):
         axes.set(title=title, xlabel=x_label, ylabel=y_label)
         axes.legend(fontsize="small")
     with writing(path, "wb") as file:
-        figure.savefig(file, format="png", dpi=120, metadata={"Software": None})       # the same bytes each time
+        # without the version of matplotlib: the same bytes each time
+        figure.savefig(file, format="png", dpi=120, metadata={"Software": None})
 
 
 def plot_losses(log, path):

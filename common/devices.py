@@ -46,8 +46,7 @@ def compile_blocks(model):
     """Let torch.compile fuse what a Transformer's block does between its matrix products.
 
     One graph serves all lengths, but each order of text and images needs its own; past the limit the rest is
-    not compiled.
-    """
+    not compiled."""
     torch._dynamo.config.recompile_limit = 64
     for block in model.llm.layers:
         block.forward = torch.compile(block.forward, dynamic=True)

@@ -85,7 +85,7 @@ def json_lines(raw):
 
 
 def rows_of(path, hint="", raw=None):
-    """A JSONL file, or its bytes `raw` -> [(line number, dict)]; the first bad line raises, with its number."""
+    """A JSONL file, or its bytes `raw` -> [(line number, dict)]. The first bad line raises, by number."""
     rows = list(json_lines(read_bytes(path, hint) if raw is None else raw))
     for number, row in rows:
         if isinstance(row, InputError):
@@ -148,8 +148,7 @@ def append(path, record):
 def finished(path, cut=False):
     """The records of a JSONL file that `append` wrote, without what a killed run left of a last line.
 
-    cut: remove that rest from the file too, before more is appended. Only the process that writes it may.
-    """
+    cut: remove that rest from the file too, before more is appended. Only the process that writes it may."""
     if not Path(path).exists():
         return []
     raw = read_bytes(path)

@@ -7,8 +7,7 @@ class Muon(torch.optim.Optimizer):
     2024).
 
     torch.optim.Muon does the same, but always in bf16, whose rounding lets runs that differ only in the
-    order of their sums (one process, two processes) drift apart; dtype float32 keeps them together.
-    """
+    order of their sums (one process, two processes) drift apart; dtype float32 keeps them together."""
 
     def __init__(self, matrices, lr, weight_decay=0.0, momentum=0.9, dtype=torch.bfloat16):
         super().__init__(matrices, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))

@@ -28,8 +28,7 @@ def log_line(sums, step, seconds, batch, world, peak):
     """The sums of all processes as a line of the log, and whether one of them was told to stop; the sums
     start anew.
 
-    batch: samples a step; peak: TFLOP/s of a GPU, or None.
-    """
+    batch: samples a step; peak: TFLOP/s of a GPU, or None."""
     every = torch.cat(list(sums.values()))                             # one message, and one wait for the GPU
     if world > 1:
         dist.all_reduce(every)
@@ -46,6 +45,6 @@ def log_line(sums, step, seconds, batch, world, peak):
     if peak:
         line["mfu"] = line["tflops"] / (peak * world)      # without what checkpointing computes twice
     if not math.isfinite(line["loss"]) or not math.isfinite(line["grad_norm"]):
-        raise InputError(f"the loss is not finite near step {step}; a checkpoint, if any, is from before. Try "
-                         f"a lower --lr and --muon-lr, or --no-bf16.")
+        raise InputError(f"the loss is not finite near step {step}; a checkpoint, if any, is from before. "
+                         f"Try a lower --lr and --muon-lr, or --no-bf16.")
     return line, stop > 0

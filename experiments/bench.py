@@ -1,7 +1,7 @@
 """How fast is the transformer, and how does its cost grow? A table and, with --json FILE, the same as JSON.
 
     python -m experiments.bench            the toy's size and a 384 wide one; on a large GPU OmniGen-v1's too
-    python -m experiments.bench growth     an edit by OmniGen-v1, predicted; the prediction checked at 384 wide
+    python -m experiments.bench growth     an edit by OmniGen-v1, predicted, and checked at 384 wide
 
 FLOPs count only the pairs of tokens that the attention rule allows. They are set against a matrix product of
 the model's sizes, (tokens, D) x (D, 2 mlp), timed in the same run.

@@ -105,8 +105,7 @@ def table(flags):
 def pair_up(rows, columns, values, within):
     """-> {(row, column): (own, reference)}, each {seed: number}, and the names of the references.
 
-    A reference is paired with itself. within: each column is compared with the first one of its row.
-    """
+    A reference is paired with itself. within: each column is compared with the first one of its row."""
     default = rows[0][0]
     first = next(iter(columns))
     pairs = {}

@@ -48,8 +48,7 @@ def needed(row, root):
     """The latents a row needs: its references, target, and the source without the masked region.
 
     -> [(key, image, mask)]; keys name files relative to root, the folder of the JSONL file, so that data and
-    cache can move together.
-    """
+    cache can move together."""
     names = [*row["input_images"], row["output_image"]]
     latents = [(os.path.relpath(name, root), name, None) for name in names]
     if row.get("mask") and row["input_images"]:
@@ -87,8 +86,7 @@ class Latents:
     text-to-image.
 
     Text-to-image rows are those without input images; if there are none, the target captions of the edits
-    serve.
-    """
+    serve."""
 
     def __init__(self, path, folder, header, seed=0, p_edit=0.5):
         self.path = path

@@ -58,8 +58,7 @@ def load_omnigen(folder, dtype=torch.float32, device="cpu", shard=None):
     """OmniGen-v1 from a folder with config.json and model.safetensors, as published -> Transformer.
 
     Memory peaks at one copy of the weights. shard(model) may split the empty model over processes before the
-    weights come.
-    """
+    weights come."""
     with torch.device("meta"):
         model = Transformer(read_config(folder))
     if shard:
@@ -71,8 +70,7 @@ def save_omnigen(model, folder):
     """Write config.json and model.safetensors as published, for load_omnigen, OmniGen's own code and
     diffusers' converter.
 
-    A sharded model is gathered: all processes call this, and the first one writes.
-    """
+    A sharded model is gathered: all processes call this, and the first one writes."""
     cfg = model.cfg
     kept = [*CONFIG_KEYS.values(), "short_factor", "long_factor"]
     theirs = Config(**{key: getattr(cfg, key) for key in kept})

@@ -116,8 +116,7 @@ class Decoder(nn.Module):
 class VAE(nn.Module):
     """The autoencoder of SDXL (AutoencoderKL): 8 x 8 pixels become one position of a latent with 4 channels.
 
-    Latents, here and in every file, are scaled to about unit variance.
-    """
+    Latents, here and in every file, are scaled to about unit variance."""
 
     def __init__(self, channels=(128, 256, 512, 512), groups=32, latent=4, scale=0.13025):
         super().__init__()

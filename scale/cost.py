@@ -45,8 +45,7 @@ def memory(cfg, parameters, tokens, averaged, world, recomputed):
 def blocks_to_recompute(cfg, parameters, tokens, averaged, world, available, wanted=None):
     """-> blocks the backward recomputes, `wanted` or as few as `available` bytes need, and a report.
 
-    available None: no limit is known. InputError if even that does not fit.
-    """
+    available None: no limit is known. InputError if even that does not fit."""
     needs = [memory(cfg, parameters, tokens, averaged, world, blocks) for blocks in range(cfg.layers + 1)]
     if wanted is None:
         # the rest is for the allocator's losses, which are not in the estimate

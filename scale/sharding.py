@@ -44,8 +44,7 @@ def whole(value):
     """The inverse of own_part, for tensors in dicts and lists: gathered on the CPU of the first process;
     None elsewhere.
 
-    All processes have to call it together.
-    """
+    All processes have to call it together."""
     if isinstance(value, dict):
         return {key: whole(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -68,8 +68,7 @@ class Endpoint:
         """Ask one question -> what check(answer) returns for the JSON object in the reply, or InputError.
 
         about (dict) and call (str) name the question in the log. task is the system's message, parts (texts
-        and images) the user's. check raises ValueError for an unacceptable answer: that try has failed.
-        """
+        and images) the user's. check raises ValueError for an unacceptable answer: that try has failed."""
         messages = [{"role": "system", "content": task}, {"role": "user", "content": parts}]
         body = json.dumps({"model": self.model, "temperature": 1, "messages": messages}).encode()
         for k in range(self.tries):

@@ -18,8 +18,7 @@ def madi_average(rows, if_high=7.0, idp_low=3.0, idp_high=7.0, if_low=3.0, weigh
 
     Samples with IF > if_high and IDP < idp_low are left out (another image, not an edit); IDP > idp_high
     with IF < if_low (nearly a copy) weighs `weight`; else (IF + IDP) / 2. The paper gives the first two
-    numbers; the others are ours.
-    """
+    numbers; the others are ours."""
     kept = [row for row in rows if not (row["IF"] > if_high and row["IDP"] < idp_low)]
     copies = [row["IDP"] > idp_high and row["IF"] < if_low for row in kept]
     weights = [weight if copy else 1.0 for copy in copies]

@@ -55,8 +55,7 @@ def fit(pixels, inside, area, square, background, light, style):
 
     with sum m (p - g) = sum m p - g sum m. So templates meet pixels (cells, P, 3) in sum m p alone: that is
     `inside` (cells, T, 3), the same for every colour, background and light. Nothing is drawn.
-    area = sum m and square = sum m^2, both (T,).
-    """
+    area = sum m and square = sum m^2, both (T,)."""
     ground = torch.from_numpy(lit(BACKGROUNDS[background], light))                       # (3,)
     step = torch.from_numpy(np.stack([lit(color, light) for color in COLORS.values()])) - ground
     empty = (pixels - ground).square().sum(dim=(1, 2))                                   # (cells,)
@@ -109,8 +108,7 @@ def names_of(edits, task):
 def carried_out(world, edit, before, after, readable, edits=()):
     """Is one Edit of the scene `before` true of the scene `after`? Cells that are not readable show nothing.
 
-    edits: all of the instruction, since what one of them removes leaves its cell to what another adds.
-    """
+    edits: all of the instruction, since what one of them removes leaves its cell to what another adds."""
     if edit.task in WHOLE:
         return getattr(after, WHOLE[edit.task][0]) == edit.value
     seen = {thing.cell: thing for thing in after.things if readable[thing.cell]}
@@ -139,8 +137,7 @@ def kept(world, edits, before, after, readable):
     """Share of what the instruction leaves alone that is as it was: background, light, style and each cell.
 
     A thing that changes colour or shape is redrawn, so its size and place may be off by a pixel. What is
-    added may take one cell that is empty or becomes so.
-    """
+    added may take one cell that is empty or becomes so."""
     facts = []
     for task, (field, _) in WHOLE.items():
         visible = task != "style" or before.things and after.things    # only things show a style
@@ -186,8 +183,7 @@ def shows(caption, scene, readable):
 def judge(world, source, instruction, output):
     """adherence and faithfulness in [0, 1] and exact (bool) of one output; images (size, size, 3) uint8.
 
-    source None: text-to-image, where faithfulness is the share of cells that show something of this world.
-    """
+    source None: text-to-image, where faithfulness is the share of cells that show something of this world."""
     after, error = parse(world, output)
     readable = error <= TOLERANCE
     if source is None:

@@ -402,8 +402,7 @@ def example(world, split, seed, index):
 
     split: "train"; "iid", the same combinations of task, shape and colour in other scenes; "novel", each
     with one that the other two never show. Only "train" has extra scenes in one colour: they teach the most,
-    and chance rarely makes them.
-    """
+    and chance rarely makes them."""
     rng = random.Random(f"{seed}/{split}/{index}")
     draw = caption_example if rng.random() < world.captions else edit_example
     while True:
