@@ -65,7 +65,7 @@ class Shapes:
 
 
 class Pairs:
-    """The rows of a JSONL file for the small model, every image resized to size x size pixels."""
+    """The rows of a JSONL file for models trained from scratch, every image resized to size x size pixels."""
 
     def __init__(self, path, size, seed=0):
         self.path = path
@@ -274,11 +274,11 @@ def make_condition(tokenizer, prompts, images, patch):
         rows.append((ids, kind))
         placed += [own[k] for k in order]
     L = max(len(ids) for ids, _ in rows)
+    ids = torch.tensor([[0] * (L - len(ids)) + ids for ids, _ in rows])             # (B, L)
+    kind = torch.tensor([[PADDING] * (L - len(kind)) + kind for _, kind in rows])   # (B, L)
     # stacked, because each tensor costs a message from the worker and a copy to the GPU
     stacks = [torch.stack(list(alike)) for _, alike in itertools.groupby(placed, lambda image: image.shape)]
-    return Condition(torch.tensor([[0] * (L - len(ids)) + ids for ids, _ in rows]),  # (B, L)
-                     torch.tensor([[PADDING] * (L - len(kind)) + kind for _, kind in rows]),  # (B, L)
-                     stacks)
+    return Condition(ids, kind, stacks)
 
 
 # ------------------------------------------------------------------------------------------- batches

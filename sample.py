@@ -153,16 +153,21 @@ def load_checkpoint(path, device="cpu"):
     return Editor(model.to(device).eval(), Words(state["words"]), None, flags["size"], world), flags
 
 
+def omnigen_editor(flags, dtype, device, shard=None):
+    """The OmniGen-v1 that --init omnigen:FOLDER names; shard: see load_omnigen."""
+    folder = omnigen_folder(flags.init)
+    model = load_omnigen(folder, dtype, device, shard)
+    tokenizer = BPE(folder, flags.pause_token, model.cfg.max_positions)
+    return Editor(model, tokenizer, load_vae(folder / "vae", device), size=None, world=None)
+
+
 def load_editor(flags, device):
     """What --ckpt or --init names."""
     if flags.ckpt:
         editor, _ = load_checkpoint(flags.ckpt, device)
     else:
-        folder = omnigen_folder(flags.init)
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        model = load_omnigen(folder, dtype, device).eval()
-        tokenizer = BPE(folder, flags.pause_token, model.cfg.max_positions)
-        editor = Editor(model, tokenizer, load_vae(folder / "vae", device), None, None)
+        editor = omnigen_editor(flags, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
+        editor.model.eval()
     if flags.compile:
         compile_blocks(editor.model)
     return editor

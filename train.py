@@ -42,9 +42,8 @@ from data import MicroBatches, Pairs, Shapes, Words, make_loader, micro_batches,
 from metrics import SCORES, breakdown, evaluate
 from model import Config, Transformer
 from pretrained.latents import Latents, cache_header
-from pretrained.omnigen import BPE, export, load_omnigen, omnigen_folder
-from pretrained.vae import load_vae
-from sample import Editor, load_checkpoint, preview
+from pretrained.omnigen import export, omnigen_folder
+from sample import Editor, load_checkpoint, omnigen_editor, preview
 from scale.checkpoints import check_resume, read_checkpoint, restore, save_checkpoint
 from scale.cost import blocks_to_recompute, peak_tflops
 from scale.sharding import reshard, shard
@@ -187,7 +186,7 @@ def set_up_from_scratch(flags, world, device, resumed):
     if flags.init and not resumed:
         start_from(model, tokenizer, flags.init)
     mask_tokens = make_mask_tokens(flags, cfg, device)
-    editor = Editor(model, tokenizer, None, flags.size, WORLDS.get(flags.data))
+    editor = Editor(model, tokenizer, vae=None, size=flags.size, world=WORLDS.get(flags.data))
     examples = Shapes(flags.data, "iid", flags.seed) if editor.world else dataset
     trained_model = model
     trained_mask_tokens = mask_tokens
@@ -203,13 +202,11 @@ def set_up_omnigen(flags, device):
     bf16 = flags.bf16 and fast_bf16(device)
     cache = flags.latents or Path(flags.data).with_suffix(".latents")
     dataset = Latents(flags.data, cache, cache_header(folder / "vae", flags.size), flags.seed, flags.p_edit)
-    model = load_omnigen(folder, device=device, shard=lambda model: shard(model, device, bf16))
-    tokenizer = BPE(folder, flags.pause_token, model.cfg.max_positions)
-    editor = Editor(model, tokenizer, load_vae(folder / "vae", device), None, None)
-    mask_tokens = make_mask_tokens(flags, model.cfg, device)
+    editor = omnigen_editor(flags, torch.float32, device, lambda model: shard(model, device, bf16))
+    mask_tokens = make_mask_tokens(flags, editor.model.cfg, device)
     if mask_tokens:
         shard(mask_tokens, device, bf16)
-    return Setup(editor, dataset, dataset, mask_tokens, model, mask_tokens, None)
+    return Setup(editor, dataset, dataset, mask_tokens, editor.model, mask_tokens, words=None)
 
 
 def make_mask_tokens(flags, cfg, device):

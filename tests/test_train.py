@@ -86,6 +86,9 @@ def test_one_process_and_two_give_the_same_weights(tmp_path):
     for part in ("model", "mask_tokens"):
         for name in one[part]:
             torch.testing.assert_close(one[part][name], two[part][name], atol=1e-5, rtol=0, msg=name)
+    logged = [json.loads((tmp_path / name / "log.jsonl").read_text()) for name in ("one", "two")]
+    for key in ("loss", "loss_by_t", "masked_samples", "masked_tokens"):   # sums over all processes
+        assert logged[0][key] == pytest.approx(logged[1][key], abs=1e-5), key
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path):
