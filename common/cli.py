@@ -1,6 +1,7 @@
 """Flags and commands: one line for whatever is wrong with them."""
 import argparse
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -32,28 +33,34 @@ def number(kind, low=-math.inf, high=math.inf, above=False):
     """The type of a flag: an int or a float in [low, high], or in (low, high] if `above`."""
     def parse(text):
         value = kind(text)
-        if not low <= value <= high or (above and value == low):
+        if not low <= value <= high or (above and value == low) or abs(value) == math.inf:
             raise argparse.ArgumentTypeError(f"{text} is not in {'(' if above else '['}{low}, {high}]")
         return value
     parse.__name__ = {int: "whole number", float: "number"}[kind]  # shown in argparse's message
     return parse
 
 
-COUNT = number(int, 1)
-NONE_OR_MORE = number(int, 0)
+COUNT = number(int, 1, 10**9)
+NONE_OR_MORE = number(int, 0, 10**9)
+SEED = number(int, 0, 2**63 - 1)          # what torch and random take alike
 SHARE = number(float, 0, 1)
 POSITIVE = number(float, 0, above=True)
 ZERO_OR_MORE = number(float, 0)
+FINITE = number(float)
+GUIDANCE = number(float, 0, 1000)         # much larger ones overflow
 
 
-def numbers(text):
-    try:
-        values = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 0,8,16,32") from None
-    if min(values) < 0 or max(values) > 4096:
-        raise argparse.ArgumentTypeError(f"{text!r}: each number should be from 0 to 4096")
-    return values
+def numbers(high):
+    """The type of a flag: a list of different whole numbers from 0 to `high`."""
+    def parse(text):
+        try:
+            values = [int(part) for part in text.split(",")]
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 0,8,16,32") from None
+        if min(values) < 0 or max(values) > high or len(set(values)) < len(values):
+            raise argparse.ArgumentTypeError(f"{text!r}: different numbers from 0 to {high} are needed")
+        return values
+    return parse
 
 
 def two_times(text):
@@ -75,8 +82,21 @@ def width_and_height(text):
 
 
 def run_script(main):
-    """Run a script's main(); an InputError becomes one line and exit code 1."""
+    """Run a script's main(); what is wrong, or out of memory, becomes one line and exit code 1."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")                  # not every console knows every letter
     try:
         main()
+        sys.stdout.flush()
     except InputError as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:                                            # of `| head`, say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        reason = str(error).split("\n")[0] or "a MemoryError"
+        sys.exit(f"{Path(sys.argv[0]).name}: out of memory, smaller sizes or batches need less ({reason})")

@@ -5,6 +5,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from common.files import InputError
+
 
 def processes():
     """-> rank of this process, number of processes (as torchrun says), device of this process."""
@@ -40,6 +42,14 @@ def fast_bf16(device):
 def autocast(device, enabled=True):
     """bf16 matrix products where the device is fast at them and `enabled`; float32 elsewhere."""
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled and fast_bf16(device))
+
+
+def check_finite(where, tensor):
+    """Refuse numbers that are not finite; `where` names the file and the tensor."""
+    bad = tensor.numel() - int(tensor.isfinite().sum())
+    if bad:
+        raise InputError(f"{where}: {bad} of {tensor.numel()} values are not finite numbers; the file is broken, "
+                         f"get or make it again")
 
 
 def compile_blocks(model):

@@ -51,8 +51,10 @@ def read_bytes(path, hint=""):
     """All bytes of a file, or InputError; `hint` says where such a file comes from."""
     try:
         return Path(path).read_bytes()
-    except OSError as error:
-        reason = "there is no such file" if isinstance(error, FileNotFoundError) else error.strerror
+    except (OSError, ValueError) as error:                             # ValueError: no name of a file
+        reason = getattr(error, "strerror", None) or error
+        if isinstance(error, FileNotFoundError):
+            reason = "there is no such file"
         raise InputError(f"{path}: {reason}. {hint}".rstrip(". ")) from None
 
 
@@ -95,7 +97,9 @@ def rows_of(path, hint="", raw=None):
 
 @contextmanager
 def writing(path, mode="w"):
-    """Open a file that takes the place of `path` when it is whole and on disk; a failure leaves nothing."""
+    """Open a file that takes the place of `path` when it is whole and on disk; a failure leaves nothing.
+
+    The caller does nothing but write inside."""
     path = Path(path)
     temporary = path.with_name(f"{path.name}.tmp")
     try:
@@ -106,8 +110,11 @@ def writing(path, mode="w"):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from None
+    except Exception as error:            # torch and safetensors have types of their own for a full disk
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        reason = getattr(cause, "strerror", None) or str(cause).split("\n")[0] or type(cause).__name__
+        kept = "; the one that was there is still whole" if path.exists() else ""
+        raise InputError(f"{path}: cannot be written ({reason}){kept}") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -125,6 +132,14 @@ def write_jsonl(path, records):
     write_text(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
+def relative(path, start):
+    """`path` as seen from the folder `start`; on another drive of Windows, the absolute path."""
+    try:
+        return os.path.relpath(path, start)
+    except ValueError:
+        return os.path.abspath(path)
+
+
 def make_folder(path):
     """A folder that can be written to, made if need be: found out before the work, not after it."""
     try:
@@ -139,10 +154,13 @@ def make_folder(path):
 
 def append(path, record):
     """Add one line to a JSONL file; on return it is on disk."""
-    with open(path, "a", encoding="utf-8", newline="\n") as file:
-        file.write(json.dumps(record) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(path, "a", encoding="utf-8", newline="\n") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); its earlier lines are whole") from None
 
 
 def finished(path, cut=False):
