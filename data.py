@@ -18,10 +18,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 import magd
-from common.files import InputError, rows_of
-from common.images import open_image
+from common.files import InputError
+from common.images import open_image, open_mask, shrink_mask
+from common.rows import TAG, check_tags, checksum, read_rows
 from model import PADDING, TEXT, Condition
 from scale.cost import flops
 from toy.world import WORLDS, example, world_words
@@ -53,6 +55,7 @@ class Shapes:
         self.split = split
         self.seed = seed
         self.words = world_words()
+        self.checksum = None              # the world is made by the code
 
     def bucket(self, index):
         return self.world.size, self.world.size
@@ -65,38 +68,64 @@ class Shapes:
 
 
 class Pairs:
-    """The rows of a JSONL file for models trained from scratch, every image resized to size x size pixels."""
+    """The rows of a JSONL file for models trained from scratch, every image resized to size x size pixels.
 
-    def __init__(self, path, size, seed=0):
+    bad: rows that it may leave out (--skip-bad); they are looked for at the start, so that every process and
+    every resumed run leaves out the same ones."""
+
+    def __init__(self, path, size, seed=0, bad=None):
         self.path = path
         self.size = size
         self.seed = seed
-        self.rows = read_rows(path)
+        self.rows = []
         words = set()
-        for _, row in self.rows:
+        sizes = []                                         # of the files, in bytes
+        look = bad is not None and bad.most > 0
+        for number, row in tqdm(read_rows(path, bad=bad), "rows", disable=not look, leave=False):
+            try:
+                if look:
+                    self.load(number, row)
+            except InputError as error:
+                bad.skip(error)
+                continue
+            self.rows.append((number, row))
             for text in [row["instruction"], *(row.get("plan") or [])]:
                 words |= set(split_words(re.sub(TAG, " ", text)))
+            names = [*row["input_images"], row["output_image"], row.get("mask")]
+            sizes.append([os.path.getsize(name) for name in names if name and os.path.exists(name)])
+        if not self.rows:
+            raise InputError(f"{path}: every row is bad")
         self.words = sorted(words - set(Words.special))
+        self.checksum = checksum(self.rows, sizes)
 
     def bucket(self, index):
         return self.size, self.size
 
     def sample(self, index):
-        number, row = shuffled(self.rows, self.seed, index)
+        return self.load(*shuffled(self.rows, self.seed, index))
+
+    def load(self, number, row):
+        mask = None
         try:
-            target = fit(open_image(row["output_image"]), self.size)
-            images = [fit(open_image(name), self.size) for name in row["input_images"]]
-            mask = fit(open_image(row["mask"]), self.size)[:, :, 0] > 127 if row.get("mask") else None
+            target = open_image(row["output_image"])
+            images = [open_image(name) for name in row["input_images"]]
+            if row.get("mask"):
+                mask = open_mask(row["mask"], [*images, target][0])
+                mask = np.asarray(shrink_mask(mask, (self.size, self.size))) > 0             # (size, size)
         except InputError as error:
             raise InputError(f"{self.path}:{number}: {error}") from None
+        target, *images = (fit(image, self.size) for image in (target, *images))
         blanked = blank(images[0], mask) if mask is not None and images else None
         return Sample(row["instruction"], target, images, mask, blanked, row.get("plan") or [],
                       target_caption=row.get("target_caption") or "")
 
 
-def open_data(data, split, size, seed):
+def open_data(data, split, size, seed, bad=None):
     """The data set that --data names: a toy world or a JSONL file."""
-    return Shapes(data, split, seed) if data in WORLDS else Pairs(data, size, seed)
+    if data not in WORLDS and not Path(data).exists():
+        raise InputError(f"--data {data}: there is no such file; a .jsonl file is needed, or one of "
+                         f"{', '.join(WORLDS)}")
+    return Shapes(data, split, seed) if data in WORLDS else Pairs(data, size, seed, bad)
 
 
 def fit(image, size):
@@ -120,59 +149,7 @@ def permutation(n, seed):
     return random.Random(seed).sample(range(n), n)
 
 
-# ------------------------------------------------------------------------------------------- rows of a file
-
-DATA_HINT = f"--data takes {', '.join(WORLDS)} or a .jsonl file"
-ROW_TYPES = {"instruction": str, "input_images": list, "output_image": str, "mask": str, "plan": list,
-             "source_caption": str, "target_caption": str, "task": str}
-
-
-def read_rows(path, targets=True):
-    """A JSONL file of image pairs -> [(line number, row)], image paths joined to its folder. A bad row raises
-    InputError with its line number.
-
-    A row has instruction, input_images (a list, maybe empty) and output_image (null if there is none: such a
-    row can be edited, but not trained on); optionally mask, plan (list of steps), source_caption,
-    target_caption and task. Paths are relative to the file. OmniGen's own rows have this form. A benchmark's
-    row may also have id, save_as and save_also, for its scorer (tools/prepare.py)."""
-    rows = []
-    for number, row in rows_of(path, DATA_HINT):
-        try:
-            row = check_row(row, Path(path).parent)
-            if targets and row["output_image"] is None:
-                raise InputError("output_image is null: this row can be edited, not trained on")
-        except InputError as error:
-            raise InputError(f"{path}:{number}: {error}") from None
-        rows.append((number, row))
-    if not rows:
-        raise InputError(f"{path}: no rows")
-    return rows
-
-
-def check_row(row, folder):
-    """-> the row with its paths below `folder`, or InputError."""
-    for key in ("instruction", "input_images", "output_image"):
-        if key not in row:
-            raise InputError(f"the key {key!r} is missing; there are {sorted(row)}")
-    for key, expected in ROW_TYPES.items():
-        value = row.get(key)
-        may_be_null = key not in ("instruction", "input_images")
-        if not isinstance(value, expected) and not (may_be_null and value is None):
-            raise InputError(f"{key} should be a {expected.__name__}, not {type(value).__name__}")
-    for key in ("input_images", "plan"):
-        if not all(isinstance(item, str) for item in row.get(key) or []):
-            raise InputError(f"{key} should be a list of strings")
-    check_tags(row["instruction"], len(row["input_images"]))
-    checked = {**row, "input_images": [str(folder / name) for name in row["input_images"]]}
-    for key in ("output_image", "mask"):
-        if row.get(key):
-            checked[key] = str(folder / row[key])
-    return checked
-
-
 # ------------------------------------------------------------------------------------------- prompts
-
-TAG = r"<\|image_(\d+)\|>"
 
 
 def split_words(text):
@@ -222,15 +199,6 @@ def make_prompt(tokenizer, instruction, n_images=0, plan=(), pauses=0):
     return prompt
 
 
-def check_tags(instruction, n):
-    """-> the numbers of the image tags <|image_1|> ... <|image_n|> of an instruction; there may be none."""
-    tags = {int(k) for k in re.findall(TAG, instruction)}
-    if tags and tags != set(range(1, n + 1)):
-        raise InputError(f"the instruction names images {sorted(tags)}, but {n} {'is' if n == 1 else 'are'} "
-                         f"given; tags run from <|image_1|> to <|image_n|> without a gap")
-    return tags
-
-
 def place_images(instruction, n, images_first):
     """The instruction, its image tags checked; if it has none, all images go first, or last."""
     if check_tags(instruction, n) or not n:
@@ -244,8 +212,15 @@ def image_tag(k):
 
 
 def tokenize(tokenizer, prompt, sizes):
-    """prompt, tokens of each image -> ids and kind, lists of length L; the order of the images."""
-    text, *rest = re.split(TAG, tokenizer.template.replace("{}", prompt))   # text, number, text, number, text
+    """prompt, tokens of each image -> ids and kind, lists of length L; the order of the images.
+
+    In a prompt without images a tag is text, as in OmniGen's negative prompts."""
+    text = tokenizer.template.replace("{}", prompt)
+    rest = []
+    if sizes:
+        if not check_tags(prompt, len(sizes)):
+            raise InputError(f"a prompt names none of its {len(sizes)} images")
+        text, *rest = re.split(TAG, text)                  # text, number, text, number, text
     ids = tokenizer.encode(text)
     kind = [TEXT] * len(ids)
     order = [int(number) - 1 for number in rest[::2]]
@@ -299,7 +274,10 @@ def to_tensor(image):
 
 
 def to_array(x):
-    """(3, h, w) in [-1, 1] -> (h, w, 3) uint8"""
+    """(3, h, w) in [-1, 1] -> (h, w, 3) uint8; InputError if there are other things than numbers in it."""
+    if not x.isfinite().all():
+        raise InputError("the sample is not finite: a weight is broken or too large, or the guidance is too "
+                         "strong; try --text-scale 1 --image-scale 1, or get the weights again")
     return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
 
 
@@ -335,7 +313,8 @@ def make_batch(dataset, indices, tokenizer, patch, seed, p_drop, p_plan, p_maske
         prompt, own = training_prompt(tokenizer, sample, rng, p_drop, p_plan, p_masked_source)
         prompts.append(prompt)
         images.append(own)
-        comparable = bool(sample.images) and sample.images[0].shape == sample.target.shape
+        # without the images that p_drop took away it is text-to-image, as in OmniGen
+        comparable = bool(own) and sample.images[0].shape == sample.target.shape
         edit.append(comparable)
         targets.append(to_tensor(sample.target))
         sources.append(to_tensor(sample.images[0]) if comparable else targets[-1])

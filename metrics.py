@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from common.charts import line_charts
-from common.cli import COUNT, NONE_OR_MORE, add_command, parser, run_script, two_times
+from common.cli import COUNT, FINITE, GUIDANCE, NONE_OR_MORE, add_command, parser, run_script, two_times
 from common.devices import processes
 from common.files import InputError, finished, make_folder, write_json, write_jsonl, write_text
 from common.images import open_image
@@ -422,8 +422,8 @@ def main():
     command.add_argument("--data", choices=WORLDS, help="the world; that of the training if not given")
     command.add_argument("--pauses", type=NONE_OR_MORE, default=0, help="pause tokens after each prompt")
     command.add_argument("--plans", action="store_true", help="give each instruction its plan")
-    command.add_argument("--text-scale", type=float, default=1.0, help="guidance by the prompt; 1 = none")
-    command.add_argument("--image-scale", type=float, default=1.0, help="guidance by the image; 1 = none")
+    command.add_argument("--text-scale", type=GUIDANCE, default=1.0, help="guidance by the prompt; 1 = none")
+    command.add_argument("--image-scale", type=GUIDANCE, default=1.0, help="guidance by the image; 1 = none")
     command.add_argument("--guidance-interval", type=two_times, default=(0.0, 1.0))
     command.add_argument("--out", help="the scores as JSON; toy.json beside the checkpoint if not given")
     command = add_command(commands, score)
@@ -435,7 +435,7 @@ def main():
     command.add_argument("folder", help="made by sample.py --data --pauses ... --seeds ..., then scored")
     for key in ("adherence", "faithfulness"):
         command.add_argument(f"--{key}", help="the score to use; the oracle's, or CLIP-Dir and DINO")
-        command.add_argument(f"--min-{key}", type=float, help="threshold; if not given 0.91 for DINO and "
+        command.add_argument(f"--min-{key}", type=FINITE, help="threshold; if not given 0.91 for DINO and "
                              "0.09 for CLIP-Dir (Table 3); the oracle's: 0.9 (faithfulness), 1 (adherence)")
     flags = p.parse_args()
     flags.run(flags)

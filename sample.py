@@ -15,6 +15,7 @@ import math
 import os
 import textwrap
 import time
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,11 +24,13 @@ import torch
 from tqdm import tqdm
 
 import magd
-from common.cli import COUNT, numbers, parser, run_script, two_times, width_and_height
+from common.cli import (COUNT, GUIDANCE, NONE_OR_MORE, SHARE, numbers, parser, run_script, two_times,
+                        width_and_height)
 from common.devices import autocast, compile_blocks, is_first, processes
-from common.files import InputError, append, finished, make_folder, write_jsonl
+from common.files import InputError, append, finished, make_folder, read_bytes, relative, write_jsonl
 from common.images import open_image, save_image, sheet
-from data import Words, fit, make_condition, make_prompt, read_rows, to_array, to_tensor
+from common.rows import BadRows, below, checksum, output_path, read_rows
+from data import Words, fit, make_condition, make_prompt, to_array, to_tensor
 from model import Config, Transformer
 from pretrained.omnigen import BPE, load_omnigen, omnigen_folder, prepare
 from pretrained.vae import VAE, load_vae
@@ -140,17 +143,27 @@ def load_checkpoint(path, device="cpu"):
     """A checkpoint of train.py -> Editor with its averaged weights, the flags it was trained with."""
     state = read_checkpoint(path)
     if state["words"] is None:
-        folder = Path(path).parent / "export"
-        raise InputError(f"{path}: a fine-tuned OmniGen; give --init omnigen:{folder} instead")
-    model = Transformer(Config(**state["config"])).init_weights()
+        raise InputError(f"{path}: a fine-tuned OmniGen, whose tokenizer and autoencoder are elsewhere: add "
+                         f"--init omnigen:FOLDER, the folder it was started from")
+    try:
+        flags = state["flags"]
+        data, size = flags["data"], flags["size"]
+        tokenizer = Words(state["words"])
+        model = Transformer(Config(**{**state["config"], "vocab": len(tokenizer)})).init_weights()
+        world = WORLDS.get(data)
+    except Exception as error:            # whatever broken sizes lead to
+        raise InputError(f"{path}: it describes no model of this program ({error})") from None
+    fill(model, state, path)
+    return Editor(model.to(device).eval(), tokenizer, None, size, world), flags
+
+
+def fill(model, state, path):
+    """Give a model the weights of a checkpoint, the averaged ones if it has averages."""
     try:
         model.load_state_dict({**state["model"], **state["ema"]})
     except RuntimeError as error:
         line = str(error).splitlines()[1].strip()
-        raise InputError(f"{path}: the weights do not fit the model it describes: {line}") from None
-    flags = state["flags"]
-    world = WORLDS.get(flags["data"])
-    return Editor(model.to(device).eval(), Words(state["words"]), None, flags["size"], world), flags
+        raise InputError(f"{path}: the weights do not fit the model: {line}") from None
 
 
 def omnigen_editor(flags, dtype, device, shard=None):
@@ -162,12 +175,14 @@ def omnigen_editor(flags, dtype, device, shard=None):
 
 
 def load_editor(flags, device):
-    """What --ckpt or --init names."""
-    if flags.ckpt:
+    """What --ckpt, --init or both name: with both, a fine-tuned OmniGen at any of its checkpoints."""
+    if not flags.init:
         editor, _ = load_checkpoint(flags.ckpt, device)
     else:
         editor = omnigen_editor(flags, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
         editor.model.eval()
+        if flags.ckpt:
+            fill(editor.model, read_checkpoint(flags.ckpt), flags.ckpt)
     if flags.compile:
         compile_blocks(editor.model)
     return editor
@@ -235,37 +250,31 @@ def preview(editor, dataset, path, flags, device, n=8):
 
 # ------------------------------------------------------------------------------------------- a file
 
-def below(out, name, pauses, seed):
-    """A path that a row gives, with the fields {pauses} and {seed}, below the folder `out`."""
-    try:
-        path = out / name.format(pauses=pauses, seed=seed)
-    except (AttributeError, LookupError, ValueError):
-        raise InputError(f"{name!r} is not a path with the fields pauses and seed") from None
-    if not path.resolve().is_relative_to(out.resolve()):
-        raise InputError(f"{name!r} leads out of the folder {out}")
-    return path
+def inputs_of(row):
+    """A checksum of what a result depends on: the row's instruction and its images."""
+    return checksum(row["instruction"], [zlib.crc32(read_bytes(name)) for name in row["input_images"]])
 
 
-def edit_row(editor, flags, out, number, row, pauses, seed, device):
-    """Edit one row -> the record of its result; the image is written."""
+def edit_row(editor, flags, row, pauses, seed, device):
+    """Edit one row -> output (h, w, 3) uint8, its scores where an oracle can judge it."""
     sources = [open_source(path, editor.size) for path in row["input_images"]]
-    # a benchmark's scorer looks where save_as says (tools/prepare.py)
-    path = below(out, row.get("save_as", "pauses{pauses}_seed{seed}/" + f"{number:05d}.png"), pauses, seed)
     output = edit(editor, flags, sources, row["instruction"], pauses, seed, device, progress=False)
     scores = {}
     if editor.world:
         scores = judge(editor.world, sources[0] if sources else None, row["instruction"], output)
         if sources:
             scores["identity"] = judge(editor.world, sources[0], row["instruction"], sources[0])
-    save_image(output, path)
-    for name, record in row.get("save_also", {}).items():
-        write_jsonl(below(out, name, pauses, seed), [record])
+    return output, scores
+
+
+def make_record(out, number, row, pauses, seed, path, scores):
+    """The line of a result: the row's own keys, paths relative to `out`, scores."""
     paths = {"source": row["input_images"][0] if row["input_images"] else None, "target": row["output_image"],
              "output": path}
     dropped = ("input_images", "output_image", "mask", "id", "save_as", "save_also")
     return {**{key: value for key, value in row.items() if key not in dropped},
-            "id": number, "item": row.get("id"), "pauses": pauses, "seed": seed, **scores,
-            **{key: value and os.path.relpath(value, out) for key, value in paths.items()}}
+            "id": number, "item": row.get("id"), "inputs": inputs_of(row), "pauses": pauses, "seed": seed,
+            **scores, **{key: value and relative(value, out) for key, value in paths.items()}}
 
 
 SETTINGS = ("ckpt", "init", "steps", "text_scale", "image_scale", "guidance_interval", "negative_prompt",
@@ -277,30 +286,52 @@ def edit_file(editor, flags, rank, world, device):
     results.RANK.jsonl each. Continues where a killed run stopped. Under torchrun the processes share the
     rows."""
     out = make_folder(flags.out)
+    bad = BadRows(flags.skip_bad)
+    rows = dict(read_rows(flags.data, targets=False, bad=bad))         # {line: row}
+    taken = {}
+    paths = {}                            # where each output goes, known before the first edit
+    for number, row in rows.items():
+        for pauses, seed in itertools.product(flags.pauses, flags.seeds):
+            try:
+                paths[number, pauses, seed] = output_path(out, number, row, pauses, seed, taken)
+            except InputError as error:
+                raise InputError(f"{flags.data}:{number}: {error}") from None
+
     settings = {key: getattr(flags, key) for key in SETTINGS}
     settings = json.loads(json.dumps({**settings, "data": str(Path(flags.data).resolve())}))
     results = out / f"results.{rank}.jsonl"
     finished(results, cut=True)
-    done = set()
-    for file in sorted(out.glob("results.*.jsonl")):
-        for record in finished(file):
-            if record["settings"] != settings:
-                raise InputError(f"--out {out}: it holds results of {record['settings']}, not of {settings}")
-            done.add((record["id"], record["pauses"], record["seed"]))
-    rows = read_rows(flags.data, targets=False)
-    todo = []
-    for number, row in rows:
-        for pauses, seed in itertools.product(flags.pauses, flags.seeds):
-            if number % world == rank and (number, pauses, seed) not in done:
-                todo.append((number, row, pauses, seed))
-    for number, row, pauses, seed in tqdm(todo, desc="edits", disable=rank > 0):
+    old = [record for file in sorted(out.glob("results.*.jsonl")) for record in finished(file)]
+    for record in old:
+        if record.get("settings") != settings:
+            raise InputError(f"--out {out}: it holds results of {record.get('settings')}, not of {settings}")
+    for number, inputs in {record["id"]: record.get("inputs") for record in old}.items():
+        if number not in rows or inputs != inputs_of(rows[number]):
+            raise InputError(f"{flags.data}:{number}: --out {out} holds a result of this line for another "
+                             f"instruction or other images; take another --out")
+    done = {(record["id"], record["pauses"], record["seed"]) for record in old}
+    todo = [key for key in paths if key[0] % world == rank and key not in done]
+    new = 0
+    broken = set()                        # lines
+    for number, pauses, seed in tqdm(todo, desc="edits", disable=rank > 0):
+        if number in broken:
+            continue
         try:
-            record = edit_row(editor, flags, out, number, row, pauses, seed, device)
+            output, scores = edit_row(editor, flags, rows[number], pauses, seed, device)
         except InputError as error:
-            raise InputError(f"{flags.data}:{number}: {error}") from None
+            bad.skip(InputError(f"{flags.data}:{number}: {error}"))
+            broken.add(number)
+            continue
+        row = rows[number]
+        path = paths[number, pauses, seed]
+        save_image(output, path)
+        for name, record in (row.get("save_also") or {}).items():
+            write_jsonl(below(out, name, pauses, seed), [record])
+        record = make_record(out, number, row, pauses, seed, path, scores)
         append(results, {**record, "settings": settings})
-    total = len(rows) * len(flags.pauses) * len(flags.seeds)
-    print(f"{out}: {len(todo)} new edits, {total} in all" + f" (process {rank})" * (world > 1))
+        new += 1
+    skipped = f"; {bad.skipped} bad rows skipped" if bad.skipped else ""
+    print(f"{out}: {new} new edits, {len(paths)} in all{skipped}" + f" (process {rank})" * (world > 1))
 
 
 # ------------------------------------------------------------------------------------------- one prompt
@@ -308,6 +339,10 @@ def edit_file(editor, flags, rank, world, device):
 def edit_prompt(editor, flags, device):
     """All candidates of one prompt: the chosen one, a sheet and a JSONL file."""
     out = Path(flags.out)
+    page = out.with_name(f"{out.stem}_sheet.png")
+    for path in (out, page):
+        if os.path.realpath(path) in map(os.path.realpath, flags.image):
+            raise InputError(f"--out {out}: it would overwrite the source {path}")
     sources = [open_source(path, editor.size) for path in flags.image]
     records = []
     outputs = []
@@ -335,11 +370,11 @@ def edit_prompt(editor, flags, device):
     for k, (record, output) in enumerate(zip(records, outputs)):
         cells.append((output, caption(record), k == chosen))
         record.update(chosen=k == chosen, prompt=flags.prompt, images=flags.image)
-    sheet([cells], out.with_name(f"{out.stem}_sheet.png"), scale=max(1, 160 // width), title=flags.prompt)
+    sheet([cells], page, scale=max(1, 160 // width), title=flags.prompt)
     save_image(outputs[chosen], out)
     write_jsonl(out.with_name(f"{out.stem}.jsonl"), records)
     print("chose " + caption(records[chosen]).replace("\n", ", "))
-    print(f"wrote {out}, {out.stem}_sheet.png, {out.stem}.jsonl")
+    print(f"wrote {out}, {page.name}, {out.stem}.jsonl")
 
 
 def caption(record):
@@ -352,16 +387,18 @@ def caption(record):
 def parse_flags():
     p = parser(__doc__)
     p.add_argument("--ckpt", help="a checkpoint of train.py")
-    p.add_argument("--init", help="instead of --ckpt: omnigen:FOLDER, with OmniGen-v1's files in FOLDER")
+    p.add_argument("--init", help="omnigen:FOLDER, with OmniGen-v1's files in FOLDER; with --ckpt too, a "
+                   "checkpoint of its fine-tuning")
     p.add_argument("--image", action="append", default=[], help="image to edit; repeat it for more")
     p.add_argument("--prompt", help="the instruction; without --image a caption")
     p.add_argument("--data", help="instead of --prompt: a JSONL file; edits each row, into the folder --out")
-    p.add_argument("--pauses", type=numbers, default=[0], help="numbers of pause tokens, one candidate each")
-    p.add_argument("--seeds", type=numbers, default=[0], help="noise seeds, one candidate each")
-    p.add_argument("--threshold", type=float, default=0.9, help="least faithfulness to be chosen (0.9)")
+    p.add_argument("--pauses", type=numbers(4096), default=[0],
+                   help="numbers of pause tokens, one candidate each")
+    p.add_argument("--seeds", type=numbers(2**63 - 1), default=[0], help="noise seeds, one candidate each")
+    p.add_argument("--threshold", type=SHARE, default=0.9, help="least faithfulness to be chosen (0.9)")
     p.add_argument("--steps", type=COUNT, help="Euler steps (20; OmniGen 50)")
-    p.add_argument("--text-scale", type=float, help="guidance by the prompt; 1 = none (1; OmniGen 2.5)")
-    p.add_argument("--image-scale", type=float, help="guidance by the image; 1 = none (1; OmniGen 1.5)")
+    p.add_argument("--text-scale", type=GUIDANCE, help="guidance by the prompt; 1 = none (1; OmniGen 2.5)")
+    p.add_argument("--image-scale", type=GUIDANCE, help="guidance by the image; 1 = none (1; OmniGen 1.5)")
     p.add_argument("--guidance-interval", type=two_times, default=(0.0, 1.0),
                    help="times with guidance, such as 0.1,0.6; elsewhere one branch runs, not three")
     p.add_argument("--negative-prompt", help="what guidance leads away from, instead of the empty prompt")
@@ -370,10 +407,11 @@ def parse_flags():
     p.add_argument("--pause-token", default="<|placeholder1|>", help="OmniGen: a word of its tokenizer.json")
     p.add_argument("--compile", action="store_true", help="torch.compile: minutes at the start")
     p.add_argument("--low-memory", action="store_true", help="run the branches of guidance one by one")
+    p.add_argument("--skip-bad", type=NONE_OR_MORE, default=0, help="--data: bad rows to leave out (0)")
     p.add_argument("--out", default="edit.png", help="the image; with --data a folder")
     flags = p.parse_args()
-    if bool(flags.ckpt) == bool(flags.init):
-        p.error("give either --ckpt, a checkpoint of train.py, or --init omnigen:FOLDER")
+    if not flags.ckpt and not flags.init:
+        p.error("give --ckpt, a checkpoint of train.py, or --init omnigen:FOLDER")
     if bool(flags.prompt) == bool(flags.data) or flags.data and flags.image:
         p.error("give either --prompt (and --image), or --data, a JSONL file")
     defaults = (50, 2.5, 1.5) if flags.init else (20, 1.0, 1.0)

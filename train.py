@@ -17,10 +17,8 @@ import argparse
 import gc
 import itertools
 import math
-import signal
 import sys
 import time
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -33,10 +31,12 @@ from tqdm import tqdm
 
 import magd
 from common.charts import plot_losses
-from common.cli import COUNT, NONE_OR_MORE, POSITIVE, SHARE, ZERO_OR_MORE, Parser, run_script
-from common.devices import autocast, compile_blocks, fast_bf16, start_processes
+from common.cli import (COUNT, FINITE, GUIDANCE, NONE_OR_MORE, POSITIVE, SEED, SHARE, ZERO_OR_MORE, Parser,
+                        run_script)
+from common.devices import autocast, catch_signals, compile_blocks, fast_bf16, start_processes
 from common.files import InputError, append, finished, make_folder, write_json, write_jsonl
 from common.muon import Muon
+from common.rows import BadRows
 from common.statistics import add_batch, log_line, new_sums
 from data import MicroBatches, Pairs, Shapes, Words, make_loader, micro_batches, open_data
 from metrics import SCORES, breakdown, evaluate
@@ -44,9 +44,9 @@ from model import Config, Transformer
 from pretrained.latents import Latents, cache_header
 from pretrained.omnigen import export, omnigen_folder
 from sample import Editor, load_checkpoint, omnigen_editor, preview
-from scale.checkpoints import check_resume, read_checkpoint, restore, save_checkpoint
+from scale.checkpoints import check_resume, check_space, keep, read_checkpoint, restore, save_checkpoint
 from scale.cost import blocks_to_recompute, peak_tflops
-from scale.sharding import reshard, shard
+from scale.sharding import averaged, shard
 from toy.world import WORLDS
 
 # ------------------------------------------------------------------------------------------- flags
@@ -75,9 +75,10 @@ def flag_parser():
     flag("--data", help=f"{', '.join(WORLDS)}, or a JSONL file of image pairs")
     flag("--init", help="weights to start from: a checkpoint of this script, or omnigen:FOLDER, OmniGen-v1")
     flag("--latents", help="folder of `python -m pretrained.latents`; DATA.latents if not given")
+    flag("--skip-bad", type=NONE_OR_MORE, default=0, help="bad rows of a JSONL file to leave out")
     flag("--out", help="folder of the run; out/PRESET if not given")
-    flag("--resume", action="store_true", help="continue from last.pt in --out")
-    flag("--seed", type=NONE_OR_MORE, default=0)
+    flag("--resume", action="store_true", help="continue from last.pt in --out; --steps may grow")
+    flag("--seed", type=SEED, default=0)
     # model
     flag("--size", type=COUNT, help="pixels of a side, OmniGen: the longer one; a toy world has its own")
     flag("--patch", type=COUNT)
@@ -94,7 +95,7 @@ def flag_parser():
     flag("--r-mask", type=SHARE, default=0.25, help="share of tokens masked in a masked sample")
     flag("--corruption", choices=magd.CORRUPTIONS, default="noise-mask", help="the paper's is noise-mask")
     flag("--mask-token", choices=("learned", "zero"), default="learned")
-    flag("--t-mean", type=float, default=0.0, help="mean of the logit of t; below 0: more noise than OmniGen")
+    flag("--t-mean", type=FINITE, default=0.0, help="mean of the logit of t; below 0: more noise")
     flag("--edit-weight", action=switch, default=False, help="OmniGen's weight on an edit's changed region")
     flag("--p-drop", type=SHARE, default=0.1, help="chance that a prompt is emptied")
     flag("--p-plan", type=SHARE, default=0.0, help="chance that a prompt carries its expressive plan")
@@ -114,8 +115,8 @@ def flag_parser():
     # evaluation
     flag("--eval-examples", type=NONE_OR_MORE, default=512, help="of each held-out set, at the end")
     flag("--eval-steps", type=COUNT, default=20, help="Euler steps")
-    flag("--text-scale", type=ZERO_OR_MORE, default=1.0)
-    flag("--image-scale", type=ZERO_OR_MORE, default=1.0)
+    flag("--text-scale", type=GUIDANCE, default=1.0)
+    flag("--image-scale", type=GUIDANCE, default=1.0)
     # system
     flag("--bf16", action=switch, default=True, help="bf16 matrix products where the device is fast at them")
     flag("--compile", action=switch, default=False, help="torch.compile the blocks: minutes at the start")
@@ -123,6 +124,7 @@ def flag_parser():
          "with a GPU its share of the cores, at most 16")
     flag("--log-every", type=COUNT, default=20)
     flag("--save-every", type=COUNT, default=200)
+    flag("--keep-every", type=NONE_OR_MORE, default=0, help="also a checkpoint that stays, step_000400.pt")
     flag("--sample-every", type=COUNT, default=400)
     return p
 
@@ -174,9 +176,9 @@ class Setup(NamedTuple):
     words: list | None                    # the vocabulary, for the checkpoint; OmniGen has its tokenizer.json
 
 
-def set_up_from_scratch(flags, world, device, resumed):
+def set_up_from_scratch(flags, world, device, resumed, bad):
     """A model in pixels, from scratch or from a checkpoint; data parallel (DDP)."""
-    dataset = open_data(flags.data, "train", flags.size, flags.seed)
+    dataset = open_data(flags.data, "train", flags.size, flags.seed, bad)
     tokenizer = Words(dataset.words)
     grid = flags.size // flags.patch
     # positions run from 0 to 64 whatever the image size; times run to 1000, as in DiT
@@ -196,12 +198,13 @@ def set_up_from_scratch(flags, world, device, resumed):
     return Setup(editor, dataset, examples, mask_tokens, trained_model, trained_mask_tokens, tokenizer.words)
 
 
-def set_up_omnigen(flags, device):
+def set_up_omnigen(flags, device, bad):
     """OmniGen-v1 on latents; sharded (FSDP2)."""
     folder = omnigen_folder(flags.init)
     bf16 = flags.bf16 and fast_bf16(device)
     cache = flags.latents or Path(flags.data).with_suffix(".latents")
-    dataset = Latents(flags.data, cache, cache_header(folder / "vae", flags.size), flags.seed, flags.p_edit)
+    header = cache_header(folder / "vae", flags.size)
+    dataset = Latents(flags.data, cache, header, flags.seed, flags.p_edit, bad)
     editor = omnigen_editor(flags, torch.float32, device, lambda model: shard(model, device, bf16))
     mask_tokens = make_mask_tokens(flags, editor.model.cfg, device)
     if mask_tokens:
@@ -239,26 +242,11 @@ def make_optimizers(flags, model, mask_tokens, bf16):
     return optimizers
 
 
-def learning_rate(step, flags):
+def learning_rate(step, steps, warmup):
     """Share of the full rate: linear warm-up, then a cosine to zero."""
-    if step < flags.warmup:
-        return (step + 1) / flags.warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - flags.warmup) / max(1, flags.steps - flags.warmup)))
-
-
-@contextmanager
-def averaged(model, average):
-    """Inside, the model has its averaged weights."""
-    @torch.no_grad()
-    def swap():
-        for p, mean in zip(model.parameters(), average):
-            old = p.clone()
-            p.copy_(mean)
-            mean.copy_(old)
-    swap()
-    yield
-    reshard(model)                        # FSDP keeps gathered weights; the next step must not use these
-    swap()
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 def describe(flags, setup, items, micro, accumulate, world, device, say):
@@ -321,10 +309,11 @@ def train(flags):
     state = read_checkpoint(last) if flags.resume else None
 
     torch.manual_seed(flags.seed)
+    bad = BadRows(flags.skip_bad, say)
     if omnigen:
-        setup = set_up_omnigen(flags, device)
+        setup = set_up_omnigen(flags, device, bad)
     else:
-        setup = set_up_from_scratch(flags, world, device, flags.resume)
+        setup = set_up_from_scratch(flags, world, device, flags.resume, bad)
     model = setup.editor.model
     if flags.compile:
         compile_blocks(model)
@@ -332,13 +321,20 @@ def train(flags):
     parameters = weights + (list(setup.mask_tokens.parameters()) if setup.mask_tokens else [])
     average = [p.detach().clone() for p in weights] if flags.ema else []       # what is used in the end
     optimizers = make_optimizers(flags, model, setup.mask_tokens, flags.bf16 and fast_bf16(device))
+    if rank == 0:
+        check_space(out, model, setup.mask_tokens, average, optimizers)
     first = 0
     seconds = 0.0
     if state:                              # data and noise follow from the step
-        check_resume(state, flags, model.cfg, setup.words, last)
+        check_resume(state, flags, model.cfg, setup.words, setup.dataset.checksum, last)
         restore(state, model, setup.mask_tokens, average, optimizers)
         first = state["step"]
         seconds = state["seconds"]
+        steps = state["flags"]["steps"]
+        if flags.steps > steps:
+            old, new = (learning_rate(first, total, flags.warmup) for total in (steps, flags.steps))
+            say(f"{flags.steps} steps instead of {steps}: the learning rate goes from {old:.2f} to {new:.2f} "
+                f"of its highest value, then to 0 at the new end")
         del state
     items = MicroBatches(flags, setup.dataset, setup.editor.tokenizer, model.cfg)
     count = describe(flags, setup, items, micro, accumulate, world, device, say)
@@ -348,8 +344,7 @@ def train(flags):
         kept = [line for line in finished(out / "log.jsonl") if line["step"] <= first]
         write_jsonl(out / "log.jsonl", kept)
     gpu = torch.cuda.get_device_name() if device.type == "cuda" else None
-    stop = []                                              # not empty after Ctrl-C
-    signal.signal(signal.SIGINT, lambda *_: stop.append(True))
+    stop = catch_signals()                                 # not empty once one has come
 
     # ------------------------------------------------------------------ the loop
     sums = new_sums(device)
@@ -357,7 +352,7 @@ def train(flags):
     bar = tqdm(range(first, flags.steps), initial=first, total=flags.steps, disable=rank > 0, unit="step")
     start = tick = time.perf_counter()
     for step in bar:
-        rate = learning_rate(step, flags)
+        rate = learning_rate(step, flags.steps, flags.warmup)
         for optimizer, full_rate in zip(optimizers, (flags.lr, flags.muon_lr)):
             for group in optimizer.param_groups:
                 group["lr"] = full_rate * rate
@@ -378,7 +373,7 @@ def train(flags):
                                                 flags.tau, flags.r_mask, setup.trained_mask_tokens, weight,
                                                 flags.prediction, flags.corruption)
             (losses.mean() / accumulate).backward()
-            add_batch(sums, losses.detach(), draws.t, masked, flop)
+            add_batch(sums, losses.detach(), draws.t, masked, flop, untrained=step == first)
 
         norm = torch.nn.utils.clip_grad_norm_(parameters, flags.clip)
         sums["grad_norm"] += norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -391,19 +386,23 @@ def train(flags):
                 torch._foreach_lerp_(average, weights, 1 - decay)
 
         done = step + 1
-        save = done % flags.save_every == 0 or done == flags.steps
+        keeps = flags.keep_every > 0 and done % flags.keep_every == 0
+        save = keeps or done % flags.save_every == 0 or done == flags.steps
         picture = done % flags.sample_every == 0
-        if not (done % flags.log_every == 0 or save or picture):
+        if not (done % flags.log_every == 0 or save or picture or (stop and world == 1)):
             continue
         now = time.perf_counter()
-        sums["stop"] += bool(stop)                         # Ctrl-C may reach one process only
+        sums["stop"] += bool(stop)                         # a signal may reach one process only
         line, stopped = log_line(sums, done, now - tick, flags.batch, world, gpu and peak_tflops(gpu))
         if rank == 0:
             bar.set_postfix_str(f"loss {line['loss']:.4f}, {line['images_per_s']:.0f} images/s")
-            append(out / "log.jsonl", {**line, "lr": flags.lr * rate})
+            append(out / "log.jsonl", {**line, "lr": flags.lr * rate, "skipped_rows": bad.skipped})
         if save or stopped:
-            save_checkpoint(last, model, setup.mask_tokens, average, optimizers, step=done, words=setup.words,
-                            flags=vars(flags), seconds=seconds + now - start)
+            save_checkpoint(last, model, setup.mask_tokens, average, optimizers, step=done,
+                            words=setup.words, data=setup.dataset.checksum, flags=vars(flags),
+                            seconds=seconds + now - start)
+            if keeps and rank == 0:
+                keep(last, out / f"step_{done:06d}.pt")
         if picture:
             with averaged(model, average):
                 preview(setup.editor, setup.examples, out / "samples" / f"step_{done:06d}.png", flags, device)
@@ -413,14 +412,14 @@ def train(flags):
             sys.exit(130)
         tick = time.perf_counter()                         # saves and pictures are not timed
     bar.close()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    catch_signals(False)
     seconds += time.perf_counter() - start
     say(f"trained in {seconds:.0f} s")
 
     # ------------------------------------------------------------------ how good is it?
     result = {"seconds": seconds, "steps": flags.steps, "images": flags.steps * flags.batch,
-              "parameters": count, "seed": flags.seed, "preset": flags.preset, "processes": world,
-              "device": gpu or "cpu", "torch": torch.__version__, "flags": vars(flags)}
+              "parameters": count, "skipped_rows": bad.skipped, "seed": flags.seed, "preset": flags.preset,
+              "processes": world, "device": gpu or "cpu", "torch": torch.__version__, "flags": vars(flags)}
     final = out / "samples" / "final.png"
     with averaged(model, average):
         if setup.editor.world and flags.eval_examples:

@@ -1,5 +1,6 @@
 """Which device, which precision, which of several processes."""
 import os
+import signal
 from datetime import timedelta
 
 import torch
@@ -48,8 +49,19 @@ def check_finite(where, tensor):
     """Refuse numbers that are not finite; `where` names the file and the tensor."""
     bad = tensor.numel() - int(tensor.isfinite().sum())
     if bad:
-        raise InputError(f"{where}: {bad} of {tensor.numel()} values are not finite numbers; the file is broken, "
-                         f"get or make it again")
+        raise InputError(f"{where}: {bad} of {tensor.numel()} values are not finite numbers; the file is "
+                         f"broken, get or make it again")
+
+
+def catch_signals(catch=True):
+    """From now on Ctrl-C, SIGTERM and SIGUSR1, which SLURM and spot machines send, end nothing: they fill the
+    list that is returned. catch=False: as Python has it again."""
+    caught = []
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
+        usual = signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL
+        if number := getattr(signal, name, None):          # Windows has two of them
+            signal.signal(number, (lambda *_: caught.append(True)) if catch else usual)
+    return caught
 
 
 def compile_blocks(model):

@@ -10,6 +10,9 @@ from pathlib import Path
 class InputError(ValueError):
     """Something the user gave is wrong. The scripts print it as one line, without a traceback."""
 
+    def __str__(self):                    # the name of a file may hold anything
+        return "".join(c if c.isprintable() else " " for c in super().__str__())
+
 
 def optional(name):
     """Import a package that only some commands need; InputError says how to install it."""
@@ -160,7 +163,7 @@ def append(path, record):
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); its earlier lines are whole") from None
+        raise InputError(f"{path}: cannot be written ({error.strerror}); what was there is whole") from None
 
 
 def finished(path, cut=False):

@@ -14,8 +14,11 @@ def new_sums(device):
 
 
 @torch.no_grad()
-def add_batch(sums, losses, t, masked, flop):
-    """losses (B,), t (B,), masked (B, N), FLOPs of the batch."""
+def add_batch(sums, losses, t, masked, flop, untrained):
+    """losses (B,), t (B,), masked (B, N), FLOPs of the batch; untrained: no step was taken before it."""
+    if untrained and not losses.isfinite().all():
+        raise InputError("the first loss is not finite, before a weight was changed: weights or data are "
+                         "broken, or too large for bf16 (--no-bf16)")
     bins = (4 * t).long().clamp(max=3)                                              # (B,)
     sums["loss"].index_add_(0, bins, losses.float())
     sums["samples"].index_add_(0, bins, torch.ones_like(t))

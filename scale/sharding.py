@@ -1,5 +1,6 @@
 """A model shared out over processes (FSDP2), and its tensors whole again for a checkpoint."""
 import warnings
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -31,6 +32,21 @@ def reshard(model):
     """Let go of weights that sampling has gathered: between two steps they are the averaged ones."""
     if isinstance(model, FSDPModule):
         model.reshard()
+
+
+@contextmanager
+def averaged(model, average):
+    """Inside, the model has its averaged weights."""
+    @torch.no_grad()
+    def swap():
+        for p, mean in zip(model.parameters(), average):
+            old = p.clone()
+            p.copy_(mean)
+            mean.copy_(old)
+    swap()
+    yield
+    reshard(model)                        # FSDP keeps gathered weights; the next step must not use these
+    swap()
 
 
 def own_part(value, like):

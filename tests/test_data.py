@@ -7,8 +7,9 @@ from PIL import Image
 
 import data
 from common.files import InputError
-from common.images import open_image
-from data import Shapes, Words, make_batch, make_condition, make_prompt, read_rows, tokenize, training_prompt
+from common.images import open_image, open_mask
+from common.rows import read_rows
+from data import Shapes, Words, make_batch, make_condition, make_prompt, tokenize, training_prompt
 from model import PADDING
 from toy.world import world_words
 
@@ -34,6 +35,35 @@ def test_images_stand_where_their_tags_are():
 def test_tags_and_images_have_to_fit(text, n):
     with pytest.raises(InputError, match="names images"):
         make_prompt(Words([]), text, n)
+
+
+@pytest.mark.parametrize("tag", ["<|image1|>", "<image_1>", "<img>", "<img>the cat</img>", "<|Image_1|>", "<| image_1 |>", "<image>", "<|image_1",
+                                 "image_1|>", "<|img_1|>", "<IMG_1>", "< image 1 >", "<|image_one|>", "<|image_9999999|>", "</img>"])
+def test_text_like_a_tag_is_an_error(tag):
+    for text in (f"make {tag} blue", f"make {tag} like <img><|image_1|></img>"):
+        with pytest.raises(InputError, match="looks like an image tag, but a tag is written"):
+            make_prompt(Words([]), text, 1)
+
+
+def test_text_unlike_a_tag_is_text():
+    for text in ("make image 1 <b>blue</b>", "<imagine> it", "if x < 5, images of [image_1]", "<img> <|image_1|> </img>"):
+        assert make_prompt(Words([]), text, 1).startswith(text)
+
+
+def test_a_condition_with_bad_tags_is_refused_and_without_images_a_tag_is_text():
+    words, image = Words(["put"]), torch.zeros(3, 4, 4)
+    for prompt, message in (("put <|image_2|>", "names images"), ("put", "names none of its 1 images"), ("put <image_1>", "looks like")):
+        with pytest.raises(InputError, match=message):
+            make_condition(words, [prompt], [[image]], 4)
+    words.encode = lambda text: [len(text)]
+    assert tokenize(words, "no <|image_3|>", []) == ([14], [0], [])
+
+
+def test_a_sample_whose_images_were_dropped_has_no_edit_to_weigh():
+    dataset, words = Shapes("shapes"), Words(world_words())
+    batch = make_batch(dataset, range(200), words, 4, 0, 1.0, 0.0, 0.0)            # every prompt is emptied
+    kept = (batch.condition.kind == 1).any(dim=1)
+    assert 60 < kept.sum() < 140 and batch.edit.equal(kept)
 
 
 def test_plans_and_pauses():
@@ -94,6 +124,50 @@ def test_every_common_kind_of_image_is_read_as_upright_rgb(tmp_path):
     assert open_image(tmp_path / "e.png").mode == "RGB"
 
 
+def test_the_first_picture_of_a_file_that_is_no_animation(tmp_path):
+    for kind in ("TIFF", "MPO"):                           # pages; a phone's JPEG with a preview behind it
+        Image.new("RGB", (8, 8), "blue").save(tmp_path / "a", kind, save_all=True, append_images=[Image.new("RGB", (4, 4), "red")])
+        assert Image.open(tmp_path / "a").n_frames == 2 and open_image(tmp_path / "a").size == (8, 8)
+
+
+@pytest.mark.parametrize("values, mode", [(np.linspace(0, 1, 16, dtype=np.float32), "F"), (np.arange(16, dtype=np.int32), "I"),
+                                          (np.arange(70000, 70016, dtype=np.int32), "I"), (np.arange(16, dtype=np.uint16), "I;16")])
+def test_gray_of_an_unknown_range_is_refused(tmp_path, values, mode):
+    Image.fromarray(values.reshape(4, 4)).save(tmp_path / "a.tif")
+    with pytest.raises(InputError, match=f"a.tif: gray of the mode {mode} with values from {values[0]:g} to {values[-1]:g}; save it"):
+        open_image(tmp_path / "a.tif")
+
+
+def test_sixteen_bits_are_read_right_in_every_format(tmp_path):
+    (tmp_path / "a.pgm").write_bytes(b"P5 1 1 65535\n\x80\x00")
+    for name in ("b.png", "c.tif", "d.jp2"):
+        Image.fromarray(np.full((4, 4), 32768, np.uint16)).save(tmp_path / name)
+    for path in tmp_path.iterdir():
+        assert np.asarray(open_image(path)).mean() == 128, path
+    Image.fromarray(np.zeros((4, 4), np.uint16)).save(tmp_path / "e.png")
+    assert np.asarray(open_image(tmp_path / "e.png")).max() == 0           # black is black in any range
+
+
+def test_masks_keep_what_they_mark_or_are_refused(tmp_path):
+    image = Image.new("RGB", (128, 64))
+    mask = np.zeros((64, 128), np.uint8)
+    mask[0, 0] = 255
+    Image.fromarray(mask).save(tmp_path / "a.png")
+    assert np.argwhere(np.asarray(open_mask(tmp_path / "a.png", image))).tolist() == [[0, 0]]
+    tiny = np.asarray(open_mask(tmp_path / "a.png", image.resize((8, 4))))
+    assert np.argwhere(tiny).tolist() == [[0, 0]]                          # one pixel of 256 is not averaged away
+    mask[:2, :2] = 255
+    Image.fromarray(mask[::2, ::2]).save(tmp_path / "b.png")
+    assert np.asarray(open_mask(tmp_path / "b.png", image)).sum() == 4 * 255
+    Image.fromarray(mask[:, :64]).save(tmp_path / "c.png")
+    with pytest.raises(InputError, match="a mask of 64 x 64 pixels for an image of 128 x 64"):
+        open_mask(tmp_path / "c.png", image)
+    for value in (0, 1, 127):
+        Image.fromarray(mask // 255 * np.uint8(value)).save(tmp_path / "d.png")
+        with pytest.raises(InputError, match=f"marks nothing: its brightest value is {value}, and white"):
+            open_mask(tmp_path / "d.png", image)
+
+
 def test_bad_images_are_named(tmp_path):
     (tmp_path / "text.png").write_text("this is no picture")
     whole = png(tmp_path / "whole.png", (64, 64)).read_bytes()
@@ -113,7 +187,17 @@ def test_bad_images_are_named(tmp_path):
     ('{"instruction": null, "input_images": [], "output_image": "a.png"}', "instruction should be a str"),
     ('{"instruction": "x", "input_images": [], "output_image": null}', "output_image is null"),
     ('{"instruction": "x", "input_images": [3], "output_image": "a.png"}', "list of strings"),
-    ('{"instruction": "<|image_2|>", "input_images": ["a.png"], "output_image": "a.png"}', "names images")])
+    ('{"instruction": "<|image_2|>", "input_images": ["a.png"], "output_image": "a.png"}', "names images"),
+    ('{"instruction": "x", "input_images": "a.png", "output_image": "a.png"}', "input_images should be a list"),
+    ('{"instruction": "x", "input_images": [""], "output_image": "a.png"}', "the path of an image is empty"),
+    ('{"instruction": "x", "output_image": ""}', "the path of an image is empty"),
+    ('{"instruction": "x", "output_image": "a.png", "mask": ""}', "the path of an image is empty"),
+    ('{"instruction": " ", "output_image": "a.png"}', "neither an instruction nor an image"),
+    ('{"instruction": "x", "output_image": "a.png", "plan": ["see <|image_1|>"]}', "an image tag outside the instruction"),
+    ('{"instruction": "x", "output_image": "a.png", "target_caption": "<image_1>"}', "looks like an image tag"),
+    ('{"instruction": "x", "output_image": "a.png", "save_as": 3}', "save_as should be a str"),
+    ('{"a": ' + "[" * 3000 + "]" * 3000 + "}", "nested too deeply"), ('{"a": ' + "9" * 5000 + "}", "not JSON"),
+    ('{"instruction": "half \\ud83d", "output_image": "a.png"}', "half of a surrogate pair")])
 def test_bad_rows_are_named_by_line(tmp_path, line, message):
     png(tmp_path / "a.png")
     file = tmp_path / "pairs.jsonl"
@@ -121,6 +205,14 @@ def test_bad_rows_are_named_by_line(tmp_path, line, message):
     with pytest.raises(InputError, match=message) as error:
         read_rows(file)
     assert f"{file}:3:" in str(error.value)
+
+
+def test_no_images_is_an_empty_list(tmp_path):
+    png(tmp_path / "a.png")
+    for inputs in ("", '"input_images": null, ', '"input_images": [], '):
+        (tmp_path / "pairs.jsonl").write_text('{' + inputs + '"instruction": "x", "output_image": "a.png"}')
+        [(_, row)] = read_rows(tmp_path / "pairs.jsonl")
+        assert row["input_images"] == []
 
 
 def test_rows_are_shuffled_anew_each_epoch_and_each_is_shown_once(tmp_path):

@@ -14,6 +14,7 @@ from PIL import Image, ImageFilter
 import train
 from common.files import InputError
 from common.muon import Muon
+from sample import load_checkpoint
 
 
 def weights(path):
@@ -99,8 +100,10 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path)
     torch.save(state, tmp_path / "last.pt")
     before = (tmp_path / "last.pt").read_bytes()
     done = run("train.py", *flags, "--resume")
-    assert done.returncode == 1 and "not finite near step 2" in done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and "the first loss is not finite, before a weight was changed" in done.stderr.splitlines()[-1]
     assert (tmp_path / "last.pt").read_bytes() == before
+    with pytest.raises(InputError, match="not finite near step 2; .* Try a lower --lr"):
+        call(train, *flags[:-2], "--lr", 1e30, "--warmup", 0, "--out", tmp_path / "fast")
 
 
 def test_the_result_holds_what_it_should(tmp_path):
@@ -132,7 +135,7 @@ def test_every_preset_names_only_flags_and_overrides_work(monkeypatch):
 
 def test_bad_flags_are_one_clear_line(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    cases = [(["--steps", "-3"], "-3 is not in [1, inf]"), (["--tau", "1.5"], "1.5 is not in [0, 1]"), (["--batch", "many"], "--batch"),
+    cases = [(["--steps", "-3"], "-3 is not in [1, "), (["--tau", "1.5"], "1.5 is not in [0, 1]"), (["--batch", "many"], "--batch"),
              (["--size", "18", "--data", "x.jsonl"], "not a multiple of --patch"), (["--heads", "5"], "twice --heads"),
              (["--out", str(tmp_path / "file/run")], "cannot write there"), (["--data", str(tmp_path / "none.jsonl")], "no such file"),
              (["--resume", "--out", str(tmp_path)], "no such checkpoint"), (["--preset", "large"], "invalid choice")]
@@ -154,6 +157,110 @@ def test_a_run_is_neither_overwritten_nor_resumed_as_another(tmp_path):
     torch.save({**state, "words": state["words"][::-1]}, tmp_path / "run/last.pt")
     with pytest.raises(InputError, match="shapes has changed since it was started"):
         call(train, *start, "--resume")
+
+
+def test_signals_save_and_a_longer_run_goes_on(tmp_path, capsys):
+    """SLURM, spot machines and docker send SIGTERM or SIGUSR1; both do what Ctrl-C does."""
+    start = [*SMALL, "--steps", 100000, "--save-every", 100000, "--sample-every", 100000, "--log-every", 5, "--out", tmp_path]
+    steps = []
+    for number, more in ((signal.SIGTERM, []), (signal.SIGUSR1, ["--resume"])):
+        process = subprocess.Popen([sys.executable, "train.py", *map(str, start), *more], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                                   stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        log, before = tmp_path / "log.jsonl", len(steps) and steps[-1]
+        while not log.exists() or not (lines := log.read_text().splitlines()) or json.loads(lines[-1])["step"] <= before:
+            time.sleep(0.1)
+        process.send_signal(number)
+        assert "is saved. Continue with --resume." in process.communicate(timeout=60)[0] and process.returncode == 130
+        steps.append(weights(tmp_path / "last.pt")["step"])
+    assert 0 < steps[0] < steps[1]
+
+
+def test_checkpoints_that_stay_and_more_steps(tmp_path, capsys):
+    start = [*SMALL, "--save-every", 3, "--keep-every", 2, "--warmup", 1, "--out", tmp_path]
+    call(train, *start, "--steps", 4)
+    kept = {step: weights(tmp_path / f"step_{step:06d}.pt") for step in (2, 4)}
+    assert [state["step"] for state in kept.values()] == [2, 4] and not (tmp_path / "step_000003.pt").exists()
+    assert not kept[2]["model"]["x_embedder.proj.weight"].equal(kept[4]["model"]["x_embedder.proj.weight"])
+    load_checkpoint(tmp_path / "step_000002.pt")
+    call(train, *start, "--steps", 6, "--resume")
+    assert "6 steps instead of 4: the learning rate goes from 0.00 to 0.35 of its highest value" in capsys.readouterr().out
+    assert [json.loads(line)["step"] for line in open(tmp_path / "log.jsonl")][-1] == 6
+    assert weights(tmp_path / "step_000002.pt")["step"] == 2
+    with pytest.raises(InputError, match="started with --steps 6; resume it with the same"):
+        call(train, *start, "--steps", 5, "--resume")
+
+
+def pairs_of_two(folder, images=("a", "b", "b")):
+    for name, color in (("a", "red"), ("b", "blue")):
+        Image.new("RGB", (16, 16), color).save(folder / f"{name}.png")
+    rows = [{"instruction": "make it blue", "input_images": ["a.png"], "output_image": f"{name}.png"} for name in images]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "pairs.jsonl"
+
+
+def test_a_run_is_not_resumed_on_other_data(tmp_path):
+    pairs = pairs_of_two(tmp_path)
+    start = [*SMALL, "--data", pairs, "--size", 16, "--steps", 1, "--out", tmp_path / "run"]
+    call(train, *start)
+    call(train, *start, "--resume")
+    rows = pairs.read_text()
+    for change in (rows + rows.splitlines()[0], rows.replace("b.png", "a.png", 1), rows.replace('{', '{"plan": ["make"], ', 1)):
+        pairs.write_text(change)
+        with pytest.raises(InputError, match="have changed since this run was started"):
+            call(train, *start, "--resume")
+    pairs.write_text(rows)
+    Image.effect_noise((16, 16), 50).save(tmp_path / "a.png")              # another picture under the same name
+    with pytest.raises(InputError, match="have changed since this run was started"):
+        call(train, *start, "--resume")
+
+
+def test_bad_rows_are_left_out_only_as_far_as_the_flag_says(tmp_path, capsys):
+    pairs = pairs_of_two(tmp_path, ("a", "broken", "b"))
+    (tmp_path / "broken.png").write_text("no picture")
+    pairs.write_text(pairs.read_text() + "{no row\n")
+    start = [*SMALL, "--data", pairs, "--size", 16, "--steps", 2, "--log-every", 1]
+    with pytest.raises(InputError, match="pairs.jsonl:4: not JSON"):
+        call(train, *start, "--out", tmp_path / "none")
+    with pytest.raises(InputError, match="pairs.jsonl:2: .*broken.png: not an image .*; 1 bad rows were skipped before"):
+        call(train, *start, "--skip-bad", 1, "--out", tmp_path / "one")
+    capsys.readouterr()
+    call(train, *start, "--skip-bad", 2, "--out", tmp_path / "two")
+    printed = capsys.readouterr().out
+    assert f"skipped: {pairs}:4: not JSON" in printed and f"skipped: {pairs}:2: {tmp_path}/broken.png" in printed
+    assert json.load(open(tmp_path / "two/result.json"))["skipped_rows"] == 2
+    assert json.loads(open(tmp_path / "two/log.jsonl").readline())["skipped_rows"] == 2
+
+
+def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path):
+    """A limit on the size of files fails the way a full disk does."""
+    (tmp_path / "last.pt").write_text("old")
+    code = """if True:
+        import resource, signal, sys, torch
+        from common.files import InputError, append, write_json, writing
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+        def save():
+            with writing("last.pt", "wb") as file:
+                torch.save({"a": torch.zeros(10**6)}, file)
+        for write in (save, lambda: write_json("new.json", "x" * 10**6), lambda: append("log.jsonl", "x" * 10**6)):
+            try:
+                write()
+            except InputError as error:
+                print(error)"""
+    done = run("-c", code, check=0, cwd=tmp_path, PYTHONPATH=str(ROOT))
+    assert done.stdout.splitlines() == ["last.pt: cannot be written (File too large); the one that was there is still whole",
+                                        "new.json: cannot be written (File too large)",
+                                        "log.jsonl: cannot be written (File too large); what was there is whole"]
+    assert (tmp_path / "last.pt").read_text() == "old" and {path.name for path in tmp_path.iterdir()} <= {"last.pt", "log.jsonl"}
+
+
+def test_space_for_checkpoints_is_looked_at_before_the_first_step(tmp_path, monkeypatch):
+    call(train, *SMALL, "--steps", 1, "--out", tmp_path / "run")
+    two = 2 * (tmp_path / "run/last.pt").stat().st_size
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": two // 2}))
+    with pytest.raises(InputError, match=f"0.00 GB are free there; two checkpoints, .* need {two / 1e9:.2f} GB"):
+        call(train, *SMALL, "--steps", 1, "--out", tmp_path / "other")
+    assert not (tmp_path / "other/log.jsonl").exists()
 
 
 def textured_pairs(folder, n=16, size=32):

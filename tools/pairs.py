@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from common.cli import COUNT, add_command, parser, run_script
+from common.cli import COUNT, SEED, add_command, parser, run_script
 from common.files import InputError, json_lines, read_bytes, write_jsonl
-from common.images import open_image, save_image, sheet
-from data import DATA_HINT, Shapes, check_row, open_data
+from common.images import open_image, open_mask, save_image, sheet
+from common.rows import check_row, output_path
+from data import Shapes, open_data
 from toy.world import WORLDS
+
 
 def show(flags):
     """A page of examples: source, target, instruction, and the plan or caption."""
@@ -55,21 +57,29 @@ def export(flags):
 
 def check(flags):
     """Read every row and every image of a JSONL file; print each bad row; exit 1 if there is any."""
-    good = 0
-    bad = 0
-    for number, row in tqdm(json_lines(read_bytes(flags.data, DATA_HINT)), desc="rows", unit=""):
+    good = bad = without_target = 0
+    folder = Path(flags.data).parent
+    taken = {}
+    for number, row in tqdm(json_lines(read_bytes(flags.data)), desc="rows", unit=""):
         try:
             if isinstance(row, InputError):
                 raise row
-            row = check_row(row, Path(flags.data).parent)
-            for name in [*row["input_images"], row["output_image"], row.get("mask")]:
-                if name:
-                    open_image(name)
+            row = check_row(row, folder)
+            images = [open_image(name) for name in (*row["input_images"], row["output_image"]) if name]
+            if row.get("mask"):
+                if not images:
+                    raise InputError("a mask without an image")
+                open_mask(row["mask"], images[0])
+            output_path(folder / "edits", number, row, 0, 0, taken)
             good += 1
+            without_target += row["output_image"] is None
         except InputError as error:
             bad += 1
             tqdm.write(f"{flags.data}:{number}: {error}")
-    print(f"{flags.data}: {good} good rows, {bad} bad rows")
+    if not good and not bad:
+        raise InputError(f"{flags.data}: no rows")
+    less = f"; {without_target} of them without output_image: not for training" if without_target else ""
+    print(f"{flags.data}: {good} good rows, {bad} bad rows{less}")
     sys.exit(bad > 0)
 
 
@@ -82,13 +92,13 @@ def main():
     command.add_argument("--data", default="shapes", help=f"{', '.join(WORLDS)}, or a JSONL file")
     command.add_argument("--size", type=COUNT, default=64, help="pixels of a side, for a file")
     command.add_argument("--split", choices=("train", "iid", "novel"), default="train")
-    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--seed", type=SEED, default=0)
     command.add_argument("--out", default="examples.png", help="the picture")
     command = add_command(commands, export)
     command.add_argument("--data", choices=WORLDS, default="shapes")
     command.add_argument("--n", type=COUNT, default=16, help="examples")
     command.add_argument("--split", choices=("train", "iid", "novel"), default="iid")
-    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--seed", type=SEED, default=0)
     command.add_argument("--out", default="pairs", help="folder")
     flags = p.parse_args()
     flags.run(flags)
