@@ -120,10 +120,10 @@ def output_path(out, number, row, pauses, seed, taken):
         raise InputError(f"save_as {row['save_as']!r} is not the path of a .png or .jpg file")
     own = f"the output of line {number}, {pauses} pauses, seed {seed}"
     images = filter(None, [*row["input_images"], row["output_image"], row.get("mask")])
-    claims = {path: own, **{name: "an image of the data" for name in images}}
+    claims = [*((name, "an image of the data") for name in images), (path, own)]
     for name, record in (row.get("save_also") or {}).items():
-        claims[below(out, name, pauses, seed)] = json.dumps(record)
-    for name, claim in claims.items():
+        claims.append((below(out, name, pauses, seed), json.dumps(record)))
+    for name, claim in claims:
         key = os.path.realpath(name).casefold()            # some file systems know no capitals
         if taken.setdefault(key, claim) != claim:
             raise InputError(f"{name} would be {claim:.200} and {taken[key]:.200}; give each a path of its own")

@@ -1,5 +1,6 @@
 """Fine-tuning OmniGen on one's own images: the latent cache, batches of one size, and the whole way from files to an edit."""
 import json
+import os
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from PIL import Image
 
 import train
 from common.files import InputError
+from common.rows import BadRows
 from data import make_batch, micro_batches, shuffled
 from pretrained import latents
 from pretrained.latents import Latents, bucket, cache_header
@@ -87,6 +89,8 @@ def test_an_interrupted_cache_continues(world, capsys):
     assert f"{len(lines) - 7} new latents, 7 were there" in capsys.readouterr().out
     assert {path.name: path.read_bytes() for path in cache.iterdir()} == whole
     Image.new("RGB", (64, 64)).save(pairs.parent / "5.jpg")                               # an exchanged image is encoded again
+    with pytest.raises(InputError, match="pairs.jsonl:6: 5.jpg has changed since its latent was made; run `python -m"):
+        Latents(pairs, cache, cache_header(folder / "vae", 128))
     call(latents, *again)
     assert "2 new latents" in capsys.readouterr().out                                           # itself and its masked version
     for name in ("f16", "jsonl"):                                                               # as if process 1 of several had made it
@@ -98,6 +102,49 @@ def test_an_interrupted_cache_continues(world, capsys):
     assert Latents(pairs, cache, cache_header(folder / "vae", 128)).entries["5.jpg"]["file"] == "0.f16"           # the newest counts
     call(latents, *again)
     assert "0 new latents" in capsys.readouterr().out
+
+
+def test_a_latent_of_an_image_exchanged_for_one_of_equal_size_is_stale(world, capsys):
+    folder, pairs, cache = world
+    again = [pairs, "--init", f"omnigen:{folder}", "--size", 128, "--workers", 0]
+    old, image = Latents(pairs, cache, cache_header(folder / "vae", 128)), pairs.parent / "3_edited.png"
+    raw = image.read_bytes()
+    os.utime(image, (1, 1))                                # another time, the same bytes: copied, say
+    assert Latents(pairs, cache, cache_header(folder / "vae", 128)).checksum == old.checksum
+    image.write_bytes(raw[:-20] + bytes(8) + raw[-12:])    # the last bytes of the pixels
+    with pytest.raises(InputError, match="pairs.jsonl:4: 3_edited.png has changed since its latent was made"):
+        Latents(pairs, cache, cache_header(folder / "vae", 128))
+    Image.new("RGB", Image.open(pairs.parent / "3_edited.png").size).save(image)
+    call(latents, *again)
+    assert "1 new latents" in capsys.readouterr().out and Latents(pairs, cache, cache_header(folder / "vae", 128)).checksum != old.checksum
+    image.unlink()                                         # training needs the latents, not the images
+    Latents(pairs, cache, cache_header(folder / "vae", 128))
+
+
+def test_bad_images_masks_and_latents_are_named_or_left_out(world, tmp_path, capsys, monkeypatch):
+    folder, pairs, _ = world
+    cache = tmp_path / "other"
+    again = [pairs, "--init", f"omnigen:{folder}", "--size", 64, "--workers", 0, "--out", cache]
+    Image.new("L", (300, 200), 1).save(tmp_path / "7_mask.png")
+    (tmp_path / "2_edited.png").write_text("no picture")
+    with pytest.raises(InputError, match="pairs.jsonl:3: .*2_edited.png: not an image"):
+        call(latents, *again)
+    call(latents, *again, "--skip-bad", 2)
+    printed = capsys.readouterr().out
+    assert "pairs.jsonl:8: " in printed and "7_mask.png: a mask that marks nothing: its brightest value is 1" in printed
+    assert "2 bad rows skipped" in printed
+    with pytest.raises(InputError, match="2_edited.png is not in"):
+        Latents(pairs, cache, cache_header(folder / "vae", 64))
+    data = Latents(pairs, cache, cache_header(folder / "vae", 64), bad=BadRows(2, print))
+    assert len(data.edits) == 6 and "skipped: " in capsys.readouterr().out
+    margin = np.zeros((200, 300), np.uint8)                # 300 x 200 becomes 64 x 64: the sides are cut off
+    margin[:, :9] = 255
+    Image.fromarray(margin).save(tmp_path / "7_mask.png")
+    with pytest.raises(InputError, match="pairs.jsonl:8: .*7_mask.png: what it marks lies in the margin that is cut off"):
+        call(latents, *again, "--skip-bad", 1)
+    monkeypatch.setattr("pretrained.vae.VAE.encode", lambda self, image: (torch.full((1, 4, 8, 8), torch.nan),) * 2)
+    with pytest.raises(InputError, match="pairs.jsonl:1: the latent of a without b.jpg is not finite: the autoencoder"):
+        call(latents, *again[:-1], tmp_path / "third")
 
 
 def test_a_cache_that_does_not_fit_is_refused(world, tmp_path):

@@ -9,8 +9,9 @@ from PIL import Image
 
 import data
 import sample
-from common.files import InputError
+from common.files import InputError, finished
 from data import Shapes, Words, make_condition, world_words
+from tools import pairs
 from sample import euler, generate, noise, select
 
 
@@ -158,16 +159,26 @@ def test_bad_input_is_one_clear_line(checkpoint, picture, tmp_path, capsys, monk
     torch.save({**state, "config": {**state["config"], "width": 64}}, tmp_path / "shape.pt")
     torch.save({**state, "words": None}, tmp_path / "omnigen.pt")
     torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pt")
+    torch.save({**state, "words": state["words"][1:]}, tmp_path / "words.pt")
+    torch.save({**state, "config": {**state["config"], "heads": "2"}}, tmp_path / "layers.pt")
+    for name, place, value in (("nan", slice(0, 1), torch.nan), ("large", slice(0, 48), 1e38)):
+        state["ema"]["final_layer.linear.bias"][place] = value
+        torch.save(state, tmp_path / f"{name}.pt")
     good = {"--ckpt": checkpoint, "--image": path, "--prompt": instruction, "--out": tmp_path / "edit.png", "--steps": 1}
     cases = [({"--prompt": "make the teal circle blue"}, "unknown word 'teal'"), ({"--image": tmp_path / "none.png"}, "no such image"),
              ({"--negative-prompt": "", "--guidance-interval": "0,0.5", "--image-scale": 2}, "the prompt is empty"),
              ({"--image": tmp_path / "text.png"}, "not an image"), ({"--ckpt": tmp_path / "none.pt"}, "no such checkpoint"),
-             ({"--ckpt": tmp_path / "omnigen.pt"}, "give --init omnigen:"),
+             ({"--ckpt": tmp_path / "omnigen.pt"}, "add --init omnigen:FOLDER"),
              ({"--ckpt": tmp_path / "broken.pt"}, "not a checkpoint that can be read"), ({"--ckpt": tmp_path / "shape.pt"}, "do not fit"),
              ({"--ckpt": tmp_path / "other.pt"}, "not a checkpoint of train.py"), ({"--pauses": "many"}, "not a list of numbers"),
              ({"--guidance-interval": "0.9,0.1"}, "is not two times from 0"), ({"--guidance-interval": "0.5"}, "is not two times from 0"),
-             ({"--pauses": "-1"}, "from 0 to 4096"), ({"--steps": 0}, "0 is not in [1, inf]"), ({"--out": tmp_path / "no/folder/edit.png"}, "folder"),
-             ({"--prompt": "make the circle a square a red blue"}, "does not know the instruction")]
+             ({"--pauses": "-1"}, "different numbers from 0 to 4096"), ({"--steps": 0}, "0 is not in [1, "), ({"--out": tmp_path / "no/folder/edit.png"}, "folder"),
+             ({"--prompt": "make the circle a square a red blue"}, "does not know the instruction"),
+             ({"--ckpt": tmp_path / "nan.pt"}, "final_layer.linear.bias: 1 of 48 values are not finite"), ({"--seeds": 2**63}, "numbers from 0 to"),
+             ({"--ckpt": tmp_path / "large.pt"}, "the sample is not finite"), ({"--text-scale": 1e38}, "is not in [0, 1000]"),
+             ({"--ckpt": tmp_path / "words.pt"}, "do not fit the model"), ({"--ckpt": tmp_path / "layers.pt"}, "describes no model"),
+             ({"--pauses": "3,3"}, "different numbers"), ({"--out": path}, "would overwrite the source"),
+             ({"--prompt": "remove the <image_1>"}, "looks like an image tag")]
     for change, message in cases:
         arguments = [str(part) for pair in {**good, **change}.items() for part in pair]
         monkeypatch.setattr("sys.argv", ["sample.py", *arguments])
@@ -198,6 +209,60 @@ def test_a_whole_file_is_edited_and_an_interrupted_run_continues(checkpoint, tmp
     other = shutil.copy(tmp_path / "pairs/pairs.jsonl", tmp_path / "pairs/other.jsonl")
     with pytest.raises(InputError, match="holds results of"):
         call(sample, *command[1:], "--data", other)
+
+
+def test_a_result_belongs_to_its_instruction_and_images(checkpoint, tmp_path):
+    call(pairs, "export", "--n", 3, "--out", tmp_path / "pairs")
+    file = tmp_path / "pairs/pairs.jsonl"
+    command = ["--ckpt", checkpoint, "--data", file, "--steps", 1, "--out", tmp_path / "edits"]
+    rows = file.read_text().splitlines(keepends=True)
+    file.write_text(rows[0] + rows[1])
+    call(sample, *command)
+    file.write_text("".join(rows))                         # a row at the end is new, the others are done
+    call(sample, *command)
+    assert [row["id"] for row in finished(tmp_path / "edits/results.0.jsonl")] == [1, 2, 3]
+    for changed in (rows[2] + rows[0] + rows[1], rows[0].replace("source.png", "target.png") + "".join(rows[1:]), rows[0]):
+        file.write_text(changed)
+        with pytest.raises(InputError, match="holds a result of this line for another instruction or other images"):
+            call(sample, *command)
+    file.write_text("".join(rows))
+    Image.new("RGB", (16, 16)).save(tmp_path / "pairs/00001_source.png")       # another picture under the same name
+    with pytest.raises(InputError, match="pairs.jsonl:2: .*other images"):
+        call(sample, *command)
+
+
+def test_two_outputs_never_share_a_path(checkpoint, tmp_path, capsys):
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    row = {"instruction": "remove the red circle", "input_images": ["a.png"], "output_image": None}
+    same = "would be the output of line 2, 0 pauses, seed 0 and the output of line 1"
+    for save_as, message in ((["x.png", "X.png"], same), (["x/../y.png", "y.png"], same), (["../a.png"], "leads out"),
+                             (["a.txt"], "not the path of a .png or .jpg"), (["{turn}.png"], "is not a path with the fields")):
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps({**row, "save_as": name}) + "\n" for name in save_as))
+        with pytest.raises(InputError, match=message):
+            call(sample, "--ckpt", checkpoint, "--data", tmp_path / "rows.jsonl", "--steps", 1, "--out", tmp_path / "edits")
+        with pytest.raises(SystemExit):                    # check, which edits nothing, sees it too
+            call(pairs, "check", tmp_path / "rows.jsonl")
+        assert message.split(",")[0] in capsys.readouterr().out and not list(tmp_path.glob("edits/*"))
+    with pytest.raises(InputError, match="would be the output of line 1, 0 pauses, seed 1 and the output of line 1, 0 pauses, seed 0"):
+        (tmp_path / "rows.jsonl").write_text(json.dumps({**row, "save_as": "x.png"}))
+        call(sample, "--ckpt", checkpoint, "--data", tmp_path / "rows.jsonl", "--seeds", "0,1", "--out", tmp_path / "edits")
+    with pytest.raises(InputError, match="would be the output of line 1, 0 pauses, seed 0 and an image of the data"):
+        (tmp_path / "rows.jsonl").write_text(json.dumps({**row, "save_as": "a.png"}))
+        call(sample, "--ckpt", checkpoint, "--data", tmp_path / "rows.jsonl", "--out", tmp_path)
+
+
+def test_bad_rows_of_a_file_are_left_out_and_named(checkpoint, tmp_path, capsys):
+    call(pairs, "export", "--n", 2, "--out", tmp_path)
+    good = (tmp_path / "pairs.jsonl").read_text()
+    (tmp_path / "pairs.jsonl").write_text(good + "{no row\n" + good.splitlines()[0].replace("remove", "make").replace("00000_source", "none"))
+    command = ["--ckpt", checkpoint, "--data", tmp_path / "pairs.jsonl", "--seeds", f"0,{2**63 - 1}", "--steps", 1, "--out", tmp_path / "edits"]
+    with pytest.raises(InputError, match="pairs.jsonl:4: .*none.png: there is no such image; 1 bad rows were skipped before"):
+        call(sample, *command, "--skip-bad", 1)
+    capsys.readouterr()
+    call(sample, *command, "--skip-bad", 2)
+    printed = capsys.readouterr().out
+    assert printed.count("skipped: ") == 2 and "6 in all; 2 bad rows skipped" in printed
+    assert {row["seed"] for row in finished(tmp_path / "edits/results.0.jsonl")} == {0, 2**63 - 1}
 
 
 def test_a_row_says_where_its_output_goes(tmp_path):
