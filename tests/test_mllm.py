@@ -18,8 +18,8 @@ from helpers import ROOT
 from PIL import Image
 
 from common.files import InputError
-from data import read_rows
-from tools import endpoint, mllm
+from common.rows import read_rows
+from tools import endpoint, grades, mllm
 
 KEY = "sk-test/4711-do-not-print-this-key"
 
@@ -81,10 +81,11 @@ def waits(monkeypatch):
     return waits
 
 
-def says(content, **message):
-    """A chat completion with this message."""
-    content = content if isinstance(content, str) or content is None else json.dumps(content)
-    return 200, {}, json.dumps({"choices": [{"message": {"content": content, **message}}]}).encode()
+def says(content, end="stop", **message):
+    """A chat completion with this message: a text, a list of parts, or an answer as JSON."""
+    content = json.dumps(content) if isinstance(content, dict) else content
+    choice = {"message": {"content": content, **message}, "finish_reason": end}
+    return 200, {}, json.dumps({"choices": [choice]}).encode()
 
 
 def in_turn(*answers):
@@ -199,7 +200,8 @@ def test_a_row_without_images_says_so(server, tmp_path):
     "```json\n" + json.dumps(STEPS) + "\n```",
     "The plan {of sorts} is " + json.dumps(STEPS) + " I hope {it} helps.",
     '<think>{"steps": ["a draft"]}</think> ' + json.dumps(STEPS),
-    '{"steps": ["the  sky\\nturns red ", "keep the field"]}'])
+    '{"steps": ["the  sky\\nturns red ", "keep the field"]}',
+    '{"steps": ["the sky\nturns\x1fred", "keep the field"]}'])
 def test_what_stands_around_an_answer_does_not_matter(server, tmp_path, reply):
     server.answer = in_turn(says(reply))
     assert call("plan", server, training_file(tmp_path), tmp_path / "o.jsonl", "--tries", 1) == 0
@@ -207,18 +209,58 @@ def test_what_stands_around_an_answer_does_not_matter(server, tmp_path, reply):
     assert lines(tmp_path / "o.raw.jsonl")[0]["reply"] == reply
 
 
-def test_half_of_an_emoji_does_not_spoil_the_files(server, tmp_path):
+DRAFT = '{"steps": ["a draft"]}'
+
+
+@pytest.mark.parametrize("reply", [
+    f"<think>first {DRAFT}", f"<think>{DRAFT}</think> <think>or {DRAFT}", f"{DRAFT} <think>no, that is",
+    f"<thinking>{DRAFT}", f"<Think>{DRAFT}</thi", f"[THINK]{DRAFT}", f"\u25c1think\u25b7{DRAFT}",
+    f"{DRAFT}</think>", f"{DRAFT}</thinking> then", f"<think>a {{ {DRAFT} </think>"])
+def test_a_thought_is_no_answer(server, tmp_path, capsys, reply):
+    server.answer = in_turn(says(reply), says(f"<think>a <think> b {DRAFT}</think>{json.dumps(STEPS)}"))
+    assert call("plan", server, training_file(tmp_path), tmp_path / "o.jsonl", "--tries", 1) == 1
+    printed = capsys.readouterr().out
+    assert "the last with: a thought without an end" in printed or "no JSON object in it" in printed
+    assert call("plan", server, tmp_path / "pairs.jsonl", tmp_path / "o.jsonl", "--tries", 1) == 0
+    assert lines(tmp_path / "o.jsonl")[0]["plan"] == STEPS["steps"]
+
+
+@pytest.mark.parametrize("end", [
+    '{"steps": ["the sky tur', '{"steps": ["a", "b"', '{"steps": []}', '{"steps": 12' + "0" * 5000 + "}",
+    '{"before": ' + DRAFT + ', "steps": ["the', '{"before": ' + DRAFT + ', "steps": ["a" "b"]}'[:-1]])
+def test_the_last_object_is_the_answer_or_none_is(server, tmp_path, end):
+    server.answer = in_turn(says(f"first {DRAFT}, no: {end}"))
+    assert call("plan", server, training_file(tmp_path), tmp_path / "o.jsonl", "--tries", 1) == 1
+    assert lines(tmp_path / "o.jsonl") == []
+
+
+def test_the_text_parts_of_a_list_are_joined(server, tmp_path):
+    text = json.dumps(STEPS)
+    parts = [{"type": "thinking", "thinking": [{"type": "text", "text": DRAFT}]},
+             {"type": "text", "text": text[:9]}, {"type": "text", "text": text[9:]},
+             {"type": "reasoning", "text": DRAFT}]
+    server.answer = in_turn(says(parts, reasoning_content=DRAFT))
+    assert call("plan", server, training_file(tmp_path), tmp_path / "o.jsonl", "--tries", 1) == 0
+    assert lines(tmp_path / "o.jsonl")[0]["plan"] == STEPS["steps"]
+    assert lines(tmp_path / "o.raw.jsonl")[0]["reply"] == text
+
+
+def test_half_of_an_emoji_is_asked_again_and_does_not_spoil_the_log(server, tmp_path):
     data = training_file(tmp_path)
-    answers = [says('{"steps": ["draw \\ud83d"]}'), says('{"no": "steps \ud83d"}')]
-    server.answer = in_turn(*reversed(answers))
+    server.answer = in_turn(says('{"steps": ["draw \\ud83d"]}'), says('{"no": "steps \ud83d"}'), says(STEPS))
     for _ in range(2):                                                 # the second run reads the files
         assert call("plan", server, data, tmp_path / "o.jsonl") == 0
-    assert len(server.requests) == 2 and lines(tmp_path / "o.jsonl")[0]["plan"] == ["draw ?"]
+    assert len(server.requests) == 3 and lines(tmp_path / "o.jsonl")[0]["plan"] == STEPS["steps"]
 
 
 @pytest.mark.parametrize("bad, why", [
     (says("no JSON at all"), "no JSON object"),
-    (says('{"steps": ["cut'), "no JSON object"),
+    (says('{"steps": ["cut'), "a broken JSON object"),
+    (says(STEPS, "length"), "cut off by a limit on tokens (finish_reason length); --max-tokens"),
+    (says("", "length", reasoning_content=json.dumps(STEPS)), "--max-tokens"),
+    (says(STEPS, "content_filter"), "withheld by the endpoint's filter (finish_reason content_filter)"),
+    (says("", reasoning_content=json.dumps(STEPS)), "empty"),
+    (says({"steps": ["put <image1> there"]}), "looks like an image tag"),
     (says({"steps": []}), "one to five"),
     (says({"steps": ["a"] * 6}), "one to five"),
     (says({"steps": ["a", " "]}), "1 to 200"),
@@ -233,6 +275,8 @@ def test_half_of_an_emoji_does_not_spoil_the_files(server, tmp_path):
     ((200, {}, b'{"choices": []}'), "not a chat completion"),
     ((200, {}, b'{"choices": [{"message": 3}]}'), "not a chat completion"),
     ((200, {}, b"<html>"), "not a chat completion"),
+    ((200, {}, says(STEPS)[2].replace(b"sky", b"sk\xff")), "a reply that is not UTF-8"),
+    (says([{"type": "text", "text": None}]), "not a chat completion"),
     ((200, {"Content-Length": "9999"}, says(STEPS)[2][:-5]), "not a chat completion"),
     ((500, {}, b"oops"), "HTTP 500: oops"),
     ((429, {"Retry-After": "soon"}, b""), "HTTP 429"),
@@ -300,14 +344,52 @@ def test_other_errors_fail_the_row_at_once(server, tmp_path, capsys):
     assert call("plan", server, data, out) == 1
     message = capsys.readouterr().out.splitlines()
     assert message[0].startswith(f"{data}:2: HTTP 400: no such [31m model!!")
-    assert len(message[0]) < len(str(data)) + 230
+    assert message[0].endswith("!; --no-system, --max-tokens and --extra change what is sent")
+    assert len(message[0]) < len(str(data)) + 290
     assert "1 of 3 rows failed" in message[1] and len(server.requests) == 3 and len(lines(out)) == 2
-    server.answer = in_turn((302, {"Location": server.url + "/elsewhere"}, b""))
-    assert call("plan", server, data, out) == 1
-    assert "2: HTTP 302" in capsys.readouterr().out and len(server.requests) == 4
     (tmp_path / "source.png").unlink()
     assert call("plan", server, data, out) == 1
-    assert "there is no such image" in capsys.readouterr().out and len(server.requests) == 4
+    assert "there is no such image" in capsys.readouterr().out and len(server.requests) == 3
+
+
+@pytest.mark.parametrize("status", [302, 401, 402, 403, 404, 405])
+def test_what_no_request_can_pass_stops_the_run(server, tmp_path, monkeypatch, status):
+    data = training_file(tmp_path, 40)
+    out = tmp_path / "o.jsonl"
+    wrong = (status, {"Location": server.url + "/elsewhere"}, b"a wrong\nkey " + KEY.encode())
+    monkeypatch.setenv("MLLM_API_KEY", KEY)
+    server.answer = lambda request, n: wrong if n == 2 else says(STEPS)
+    with pytest.raises(InputError) as error:
+        call("plan", server, data, out, "--concurrency", 1)
+    assert str(error.value).startswith(f"HTTP {status}: a wrong key [key]; check the key, --api and --model.")
+    assert "\n" not in str(error.value)
+    assert len(server.requests) == 3 and [row["row"] for row in lines(out)] == [1, 2]
+    assert call("plan", server, data, out) == 0 and [row["row"] for row in lines(out)] == [*range(1, 41)]
+
+
+def test_a_log_that_cannot_be_written_stops_the_run(server, tmp_path, monkeypatch):
+    def full(path, record):
+        raise InputError(f"{path}: No space left on device")
+    monkeypatch.setattr(endpoint, "append", full)
+    server.answer = in_turn(says(STEPS))
+    with pytest.raises(InputError, match="o.raw.jsonl: No space left"):
+        call("plan", server, training_file(tmp_path, 40), tmp_path / "o.jsonl", "--concurrency", 2)
+    assert len(server.requests) <= 2
+
+
+def test_flags_change_the_fields_of_a_request(server, tmp_path):
+    data = training_file(tmp_path)
+    server.answer = in_turn(says(STEPS))
+    extra = '{"max_tokens": null, "max_completion_tokens": 9, "temperature": null, "top_k": [1]}'
+    for k, flags in enumerate([[], ["--max-tokens", 300],
+                               ["--max-tokens", 300, "--extra", extra, "--no-system"]]):
+        assert call("plan", server, data, tmp_path / f"{k}.jsonl", *flags) == 0
+    plain, limited, other = server.requests
+    assert set(plain) == {"model", "temperature", "messages"} and limited == {**plain, "max_tokens": 300}
+    assert {**other, "messages": 0} == {"model": "m", "max_completion_tokens": 9, "top_k": [1], "messages": 0}
+    (system, user), (both,) = plain["messages"], other["messages"]
+    assert system == {"role": "system", "content": mllm.PROMPTS["PLAN"]}
+    assert both == {"role": "user", "content": [mllm.text_part(system["content"]), *user["content"]]}
 
 
 def escaped(answer):
@@ -322,7 +404,7 @@ def test_the_key_is_written_nowhere(server, tmp_path, monkeypatch, capfd):
     slashes = KEY.replace("/", "\\/").encode()
     echoes = [(400, {"reason": KEY}, seen.encode()), (429, {}, json.dumps({"error": seen}).encode()),
               escaped(says(seen)), escaped(says(None, refusal=seen)), says({"steps": [seen]}),
-              (401, {}, b"x" * 180 + KEY.encode()), (400, {}, slashes), (200, {}, slashes),
+              (400, {}, b"x" * 180 + KEY.encode()), (400, {}, slashes), (200, {}, slashes),
               says(json.dumps({"steps": [seen]}).replace("-", "\\u002d"))]
     data = training_file(tmp_path / "data", len(echoes))
     out = tmp_path / "out/o.jsonl"
@@ -438,7 +520,10 @@ GOOD = {"reasoning": "", "instruction_following": 10, "identity_preservation": 0
 
 @pytest.mark.parametrize("change", [
     {"instruction_following": 11}, {"identity_preservation": -1}, {"instruction_following": 7.5},
-    {"instruction_following": True}, {"instruction_following": "7"}, {"reasoning": None}])
+    {"instruction_following": True}, {"instruction_following": "7/10"}, {"reasoning": None},
+    {"instruction_following": "7.5"}, {"instruction_following": [7]}, {"instruction_following": float("nan")},
+    {"instruction_following": float("inf")}, {"identity_preservation": 10**400},
+    {"identity_preservation": ""}])
 def test_grades_outside_the_range_are_asked_again(server, tmp_path, change):
     data = results_file(tmp_path, [("a", "x", 1, 2)])
     server.answer = in_turn(says({**GOOD, **change}), says(GOOD), says({"perceptual_quality": 11}),
@@ -446,6 +531,17 @@ def test_grades_outside_the_range_are_asked_again(server, tmp_path, change):
     assert call("judge", server, data, tmp_path / "o.jsonl", "--protocol", "complex-edit") == 0
     row, = lines(tmp_path / "o.jsonl")
     assert len(server.requests) == 4 and (row["IF"], row["IP"], row["PQ"]) == (10, 0, 3)
+
+
+def test_a_whole_number_is_one_however_it_is_written(server, tmp_path, capsys):
+    data = results_file(tmp_path, [("a", "x", 1, 2)])
+    written = {"reasoning": "", "instruction_following": 8.0, "identity_preservation": " 10 "}
+    server.answer = in_turn(says(written), says({"perceptual_quality": "7.0"}))
+    assert call("judge", server, data, tmp_path / "o.jsonl", "--protocol", "complex-edit", "--tries", 1) == 0
+    row, = lines(tmp_path / "o.jsonl")
+    assert row["samples"] == [{"IF": 8, "IP": 10, "PQ": 7, "overall": 25 / 3}]
+    helpers.call(grades, tmp_path / "o.jsonl")
+    assert "IF 8.000  IP 10.000  PQ 7.000" in capsys.readouterr().out
 
 
 def five(tags, **change):
@@ -504,9 +600,9 @@ def test_bad_questions_are_asked_again(server, tmp_path, source, bad):
 
 
 @pytest.mark.parametrize("bad", [
-    [5] * 4, [5] * 6, [5, 5, 5, 5, 6], [-2, 5, 5, 5, 5], [5, 5, 5, 5, 4.0], [True] * 5, "55555"])
+    [5] * 4, [5] * 6, [5, 5, 5, 5, 6], [-2, 5, 5, 5, 5], [5, 5, 5, 5, 4.5], [True] * 5, "55555"])
 def test_bad_choices_are_asked_again(server, tmp_path, bad):
-    good = says({"choices": [0, 5, 5, 5, 5]})
+    good = says({"choices": ["0", 5.0, -1, " 5", 5]})
     server.answer = in_turn(says(five("IF IDP PQ PQ PQ")), says({"choices": bad}), good)
     data = results_file(tmp_path, [("a", "x", 1, 2)])
     assert call("judge", server, data, tmp_path / "o.jsonl", "--protocol", "madi") == 0
@@ -515,9 +611,9 @@ def test_bad_choices_are_asked_again(server, tmp_path, bad):
 
 def test_questions_that_cannot_be_had_fail_their_rows(server, tmp_path, capsys):
     data = results_file(tmp_path, [("a", "x", 1, 2), ("b", "x", 1, 3)])
-    server.answer = in_turn((403, {}, b"no"))
+    server.answer = in_turn((400, {}, b"no"))
     assert call("judge", server, data, tmp_path / "o.jsonl", "--protocol", "madi") == 1
-    assert len(server.requests) == 1 and capsys.readouterr().out.count(": HTTP 403: no") == 2
+    assert len(server.requests) == 1 and capsys.readouterr().out.count(": HTTP 400: no") == 2
 
 
 def test_questions_of_another_model_are_not_used(server, tmp_path):
@@ -527,6 +623,10 @@ def test_questions_of_another_model_are_not_used(server, tmp_path):
     server.answer = in_turn(says(five("IF IDP PQ PQ PQ")), says({"choices": [5] * 5}))
     assert call("judge", server, data, tmp_path / "o.jsonl", "--protocol", "madi") == 0
     assert len(server.requests) == 2 and [row["model"] for row in lines(questions)] == ["another", "m"]
+    for bad in ({**old, "questions": [5]}, {"model": "m"}, {**old, "model": "m", "source": [1]}):
+        write_lines(questions, [old, bad])
+        with pytest.raises(InputError, match="o.questions.jsonl:2: not a line of questions"):
+            call("judge", server, data, tmp_path / "o.jsonl", "--protocol", "madi")
 
 
 # --------------------------------------------------------------------------------- one line for what is wrong
@@ -539,6 +639,11 @@ ROW = {"id": 1, "instruction": "x", "source": "1.png", "output": "2.png"}
     ([1], "a row is a JSON object"),
     ({"id": 2}, "the key 'instruction' is missing"),
     ({**ROW, "id": True}, "id should be text or a number, not true"),
+    ({**ROW, "id": float("nan")}, "id should be text or a number, not NaN"),
+    ({**ROW, "id": [1]}, "id should be text or a number"),
+    ('{"id": 1' + "0" * 5000 + "}", "not JSON"),
+    ('{"id": ' + "[" * 5000 + "]" * 5000 + "}", "nested too deeply"),
+    ({**ROW, "output": "a\0.png"}, "is no path"),
     ({**ROW, "source": 3}, "source should be a path or null"),
     ({**ROW, "output": ""}, "output should be a path"),
     ({**ROW, "source": None}, "source is null"),
@@ -564,6 +669,12 @@ def test_bad_rows_are_named_by_line(server, tmp_path, row, message):
     ("--tries", "-1", "--tries: -1 is not"),
     ("--timeout", "0", "--timeout: 0 is not"),
     ("--timeout", "nan", "--timeout: nan is not"),
+    ("--max-tokens", "0", "--max-tokens: 0 is not"),
+    ("--extra", "{", "--extra: not JSON"),
+    ("--extra", "[1]", "--extra: '[1]' is not a JSON object"),
+    ("--extra", '{"top_p": NaN}', "--extra: "),
+    ("--extra", '{"messages": []}', "--extra: this program sets messages itself"),
+    ("--extra", '{"stream": true}', "--extra: this program sets stream itself"),
     ("--data", "none.jsonl", "none.jsonl: there is no such file"),
     ("--data", ".", ".: Is a directory"),
     ("--out", "/proc/x/o.jsonl", "cannot write there"),
@@ -590,9 +701,17 @@ def test_another_run_is_not_continued(server, tmp_path):
     server.answer = in_turn(says(GOOD), says({"perceptual_quality": 3}))
     assert call("judge", server, data, out, "--protocol", "complex-edit") == 0
     before = out.read_text()
-    for other in (["madi"], ["complex-edit", "--samples", 2], ["complex-edit", "--model", "n"]):
+    for other in (["madi"], ["complex-edit", "--samples", 2], ["complex-edit", "--model", "n"],
+                  ["complex-edit", "--no-system"], ["complex-edit", "--extra", '{"temperature": null}']):
         with pytest.raises(InputError, match="o.jsonl:1: of another input row, model"):
             call("judge", server, data, out, "--protocol", *other)
+    limits = ("--max-tokens", 9, "--extra", '{"max_completion_tokens": 9}')         # these change no grade
+    assert call("judge", server, data, out, "--protocol", "complex-edit", *limits) == 0
+    ungraded = {key: value for key, value in json.loads(before).items() if key != "PQ"}
+    write_lines(out, [ungraded])
+    with pytest.raises(InputError, match="o.jsonl:1: of another input row"):
+        call("judge", server, data, out, "--protocol", "complex-edit")
+    out.write_text(before)
     results_file(tmp_path, [("a", "y", 1, 2)])
     with pytest.raises(InputError, match="o.jsonl:1: of another input row"):
         call("judge", server, data, out, "--protocol", "complex-edit")
@@ -606,7 +725,18 @@ def test_another_run_is_not_continued(server, tmp_path):
     assert len(server.requests) == 2
 
 
-def test_the_script_prints_one_line(tmp_path):
-    done = helpers.run("-m", "tools.mllm", "judge", "--data", "none.jsonl", "--out", tmp_path / "o.jsonl",
-                       "--api", "http://h", "--model", "m", "--protocol", "madi", check=1)
-    assert done.stderr == "mllm.py: none.jsonl: there is no such file\n"
+def test_the_script_prints_one_line_and_waits_for_nothing(server, tmp_path):
+    data = training_file(tmp_path, 9)
+
+    def answer(request, n):
+        if "edit 1" in text_of(request):
+            server.release.wait(60)                                    # under way when the run ends
+        return says(STEPS) if "edit 0" in text_of(request) else (403, {}, b"not yours")
+    server.answer = answer
+    start = time.monotonic()
+    done = helpers.run("-m", "tools.mllm", "plan", "--data", data, "--out", tmp_path / "o.jsonl", "--api",
+                       server.url, "--model", "m", "--concurrency", 2, check=1)
+    assert time.monotonic() - start < 50 and len(server.requests) == 3
+    assert [row["row"] for row in lines(tmp_path / "o.jsonl")] == [1]
+    assert "Traceback" not in done.stderr and done.stderr.splitlines()[-1].startswith(
+        "mllm.py: HTTP 403: not yours; check the key, --api and --model.")

@@ -12,7 +12,7 @@ from PIL import Image
 
 from common.files import InputError
 from common.images import open_image
-from data import read_rows
+from common.rows import read_rows
 from tools import prepare
 
 
@@ -288,6 +288,22 @@ def test_plain_bytes_and_image_paths_in_parquet(tmp_path, parquet):
     assert is_color(tmp_path / "to" / two["output_image"], BLUE)
 
 
+@pytest.mark.parametrize("kind, ending", [
+    ("JPEG", "jpg"), ("MPO", "jpg"), ("PNG", "png"), ("WEBP", "webp"), ("JPEG2000", "jp2")])
+def test_images_are_named_by_what_they_are(tmp_path, parquet, kind, ending):
+    file = io.BytesIO()
+    small = Image.new("RGB", (4, 3), BLUE)                             # behind the photo, in a phone's MPO
+    more = {"save_all": True, "append_images": [small]} if kind == "MPO" else {}
+    Image.new("RGB", (8, 6), GREEN).save(file, kind, **more)
+    image = {"bytes": file.getvalue()}
+    parquet(tmp_path / "FreeForm/0000.parquet",
+            [{"edit_prompt": "x", "source_image": image, "edited_image": image}])
+    prepare.prepare("ultraedit", tmp_path, tmp_path / "to")
+    (_, row), = read_rows(tmp_path / "to/ultraedit-FreeForm.jsonl")
+    assert row["input_images"][0].endswith(f"-source.{ending}")
+    assert open_image(row["input_images"][0]).size == (8, 6)
+
+
 # ------------------------------------------------------------------------------------------- AURORA
 
 def test_aurora(tmp_path, monkeypatch, capsys):
@@ -408,27 +424,30 @@ def test_complex_edit_jsonl_and_complexity(tmp_path, monkeypatch, capsys):
 # ---------------------------------------------------------------------------------------- IDEA-Bench, GenEval
 
 def test_idea_bench(tmp_path, monkeypatch, capsys):
-    for case in ("logo_0001", "logo_0002", "poster_0001", "icon_0001", "icon_0002"):
+    for case in ("logo_0001", "logo_0002", "poster_0001", "icon_0001", "icon_0002", "icon_0003"):
         put(tmp_path / case / "instruction.txt", f"design {case}\n")
         put(tmp_path / case / "meta.json", {"task_name": case[:-5], "uid": "0042", "other": 1})
         put(tmp_path / case / "eval.json", {})
-    put(tmp_path / "logo_0001/instruction.txt", b"design logo_0001 \xe9")                  # not UTF-8
+    put(tmp_path / "logo_0001/instruction.txt", b"\xef\xbb\xbfdesign logo_0001 \xc3\xa9")
+    put(tmp_path / "icon_0003/instruction.txt", b"design\nit \xe9")                        # not UTF-8
     for name in ("logo_0001/0002.jpg", "logo_0001/0001.jpg", "logo_0002/0001.png", "icon_0001/0001.jpg",
-                 "icon_0002/0001.jpg"):
+                 "icon_0002/0001.jpg", "icon_0003/0001.jpg"):
         put(tmp_path / name, picture(RED))
     (tmp_path / "icon_0001/instruction.txt").unlink()
     put(tmp_path / "icon_0002/meta.json", {"task_name": "icon"})
     code, out = run(monkeypatch, capsys, "idea-bench", tmp_path, tmp_path / "to")
     rows = lines(tmp_path / "to/idea-bench.jsonl")
     assert [(r["id"], r["instruction"], r["task_name"], r["uid"], r["output_image"]) for r in rows] == [
-        ("logo_0001", "design logo_0001 \ufffd", "logo", "0042", None),
+        ("logo_0001", "design logo_0001 \xe9", "logo", "0042", None),
         ("logo_0002", "design logo_0002", "logo", "0042", None)]
     assert rows[0]["input_images"] == ["../logo_0001/0001.jpg", "../logo_0001/0002.jpg"]
     assert "split" not in rows[0]
     assert outputs(tmp_path / "to/idea-bench.jsonl") == [
         "pauses8_seed3/logo_0001/0001.jpg", "pauses8_seed3/logo_0002/0001.jpg"]
-    assert out[1:] == ["3 rows skipped", f"{tmp_path}/icon_0001: instruction.txt is missing",
+    assert out[1:] == ["4 rows skipped", f"{tmp_path}/icon_0001: instruction.txt is missing",
                        f"{tmp_path}/icon_0002: the key 'uid' is missing or empty; there are task_name",
+                       f"{tmp_path}/icon_0003: instruction.txt: not UTF-8 text: byte 0xe9 at line 2, byte 4; "
+                       "save it as UTF-8",
                        f"{tmp_path}/poster_0001: no input image 0001.jpg: a text-to-image case; "
                        "only cases with input images become rows"]
     code, _ = run(monkeypatch, capsys, "idea-bench", tmp_path, tmp_path / "to2", "--split", "test")
@@ -550,6 +569,36 @@ def test_an_image_that_cannot_be_written_stops_the_run_and_is_named(tmp_path):
     with pytest.raises(InputError, match="/images/magicbrush/dev: cannot be read or written"):
         prepare.prepare("magicbrush", source, tmp_path)
     assert lines(tmp_path / "magicbrush-dev.jsonl") == ["the old file"]
+
+
+@pytest.mark.parametrize("change, why", [
+    ({"idx": float("nan")}, "not JSON compliant"), ({"idx": b"3"}, "bytes"),
+    ({"source_caption": 3}, "should be a str, not int"), ({"edit_prompt": ["x"]}, "expected an instruction"),
+    ({"source_image": [1]}, "expected an image")])
+def test_values_of_another_type_skip_their_row(tmp_path, monkeypatch, change, why):
+    row = {"edit_prompt": "x", "source_image": picture(RED), "edited_image": picture(RED), "idx": 1}
+    put(tmp_path / "FreeForm.parquet", b"")
+    monkeypatch.setattr(prepare, "read_parquet", lambda path: iter([row, {**row, **change}, row]))
+    counts, (skipped,) = prepare.prepare("ultraedit", tmp_path, tmp_path / "to")
+    assert list(counts.values()) == [(2, 0)] and "FreeForm.parquet row 1: " in skipped and why in skipped
+
+
+def test_captions_of_another_type_skip_their_rows(tmp_path):
+    source = magicbrush_folder(tmp_path / "from")
+    put(source / "dev/global_descriptions.json", {"7": ["a man"]})
+    counts, skipped = prepare.prepare("magicbrush", source, tmp_path / "to")
+    assert list(counts.values()) == [(1, 1)] and len(skipped) == 2
+    assert skipped[0].endswith("row 0: not a row as published ('list' object has no attribute 'get')")
+
+
+def test_a_broken_file_after_a_good_one_is_named_and_leaves_the_old_rows(tmp_path, monkeypatch, capsys):
+    source = magicbrush_folder(magicbrush_folder(tmp_path / "from"), "test")
+    put(source / "test/edit_turns.json", b'[\n"\xff"]')
+    put(tmp_path / "to/magicbrush-dev.jsonl", ["the old file"])
+    code, _ = run(monkeypatch, capsys, "magicbrush", source, tmp_path / "to")
+    assert code.startswith(f"{source}/test/edit_turns.json: not UTF-8 text: byte 0xff at line 2, byte 2")
+    assert lines(tmp_path / "to/magicbrush-dev.jsonl") == ["the old file"]
+    assert [path.name for path in (tmp_path / "to").iterdir() if path.is_file()] == ["magicbrush-dev.jsonl"]
 
 
 def test_image_tags_that_do_not_fit_are_refused(tmp_path):

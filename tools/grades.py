@@ -3,8 +3,27 @@ paper's.
 
     python -m tools.grades judged.jsonl
 """
-from common.cli import parser, run_script
+from common.cli import SHARE, number, parser, run_script
 from common.files import InputError, rows_of
+
+
+def read_grades(path):
+    """The rows of a judged file, all of one judge: IF, IP, PQ in 0..10, or IF, IDP in 1..10 or null."""
+    rows = rows_of(path, "python -m tools.mllm judge makes such a file")
+    if not rows:
+        raise InputError(f"{path}: no rows")
+    first_line, first = rows[0]
+    low, keys = (0, ("IF", "IP", "PQ")) if "IP" in first else (1, ("IF", "IDP"))
+    for line, row in rows:
+        for key in keys:
+            value = row.get(key, "missing")
+            good = value is None and low or type(value) in (int, float) and low <= value <= 10
+            if not good:
+                raise InputError(f"{path}:{line}: {key} is {value!r:.60}; {', '.join(keys)} should be "
+                                 f"numbers from {low} to 10{' or null' if low else ''}")
+        if row.get("judge") != first.get("judge"):
+            raise InputError(f"{path}:{line}: another judge than in line {first_line}; average each alone")
+    return [row for _, row in rows]
 
 
 def complex_edit_average(rows):
@@ -31,11 +50,10 @@ def main():
     p.add_argument("file", help="made by python -m tools.mllm judge")
     limits = {"if-high": 7.0, "idp-low": 3.0, "idp-high": 7.0, "if-low": 3.0, "weight": 0.5}
     for name, value in limits.items():
-        p.add_argument(f"--{name}", type=float, default=value, help=f"see madi_average ({value:g})")
+        kind = SHARE if name == "weight" else number(float)
+        p.add_argument(f"--{name}", type=kind, default=value, help=f"see madi_average ({value:g})")
     flags = p.parse_args()
-    rows = [row for _, row in rows_of(flags.file, "python -m tools.mllm judge makes such a file")]
-    if not rows or not ({"IF", "IP", "PQ"} <= set(rows[0]) or {"IF", "IDP"} <= set(rows[0])):
-        raise InputError(f"{flags.file}: no grades; each line needs IF, with IP and PQ, or with IDP")
+    rows = read_grades(flags.file)
     if "IP" in rows[0]:
         scores = "  ".join(f"{key} {value:.3f}" for key, value in complex_edit_average(rows).items())
         print(f"Complex-Edit: {scores}  ({len(rows)} samples)")

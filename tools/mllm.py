@@ -3,8 +3,8 @@
     python -m tools.mllm plan --data pairs.jsonl --out planned.jsonl --api URL --model NAME
     python -m tools.mllm judge --data results.jsonl --out judged.jsonl --api URL --model NAME --protocol madi
 
-plan   Adds a plan (Eq. 7) to every row of a training file (data.py): one to five steps, from the first source
-       image, its caption and the instruction. A row keeps its keys; `plan` and `row` (its line) are set.
+plan   Adds a plan (Eq. 7) to every row of a training file (common/rows.py): one to five steps, from the first
+       source image, its caption and the instruction. A row keeps its keys; `plan` and `row` (its line) are set.
 judge  Grades edits for instruction following (IF), identity preservation (IP, IDP) and quality (PQ). A row is
        {"id": text or number, "instruction": text, "source": path or null, "output": path} and further keys;
        id and output together tell it from the others.
@@ -19,6 +19,7 @@ Paths are relative to the file they stand in, in OUT too. Every reply is kept as
 import base64
 import io
 import json
+import math
 import os
 import re
 import sys
@@ -29,10 +30,10 @@ from statistics import mean
 from tqdm import tqdm
 
 from common.cli import COUNT, add_command, number, parser, run_script
-from common.files import InputError, append, finished, make_folder, rows_of, write_jsonl
+from common.files import InputError, append, finished, make_folder, relative, rows_of, write_jsonl
 from common.images import open_image
-from data import read_rows
-from tools.endpoint import Endpoint, address, key_from
+from common.rows import check_tags, read_rows
+from tools.endpoint import Endpoint, StopRun, address, key_from, request_fields
 
 MOST_SIDE = 1024                          # pixels: larger images are scaled down before they are sent
 SECONDS = number(float, 0, 86400, above=True)
@@ -74,19 +75,23 @@ def need(condition, message):
 
 
 def whole_numbers(values, low, high):
-    for value in values:                                               # isinstance would let True pass
-        need(type(value) is int and low <= value <= high, f"whole numbers from {low} to {high} are needed")
-    return values
+    """8, 8.0, "8" and " 8.0 " are the whole number 8; True and "8/10" are none."""
+    texts = [str(value).strip() if type(value) in (int, float, str) else "" for value in values]
+    for text in texts:
+        need(re.fullmatch(r"[+-]?\d{1,3}(\.0+)?", text, re.ASCII) and low <= float(text) <= high,
+             f"whole numbers from {low} to {high} are needed")
+    return [int(float(text)) for text in texts]
 
 
 def check_plan(answer):
     steps = answer.get("steps")
     need(isinstance(steps, list) and 1 <= len(steps) <= 5, "steps should be a list of one to five strings")
     need(all(isinstance(step, str) for step in steps), "steps should be strings")
-    steps = [" ".join(step.split()) for step in steps]
+    steps = [" ".join(re.sub(r"[\x00-\x1f\x7f]", " ", step).split()) for step in steps]
     for step in steps:                                                 # a tag would stand for an image
         need(1 <= len(step) <= 200, "a step should have 1 to 200 characters")
         need("<|" not in step and "<img" not in step, "a step should have no tags")
+        check_tags(step, 0)
     return steps
 
 
@@ -124,9 +129,15 @@ def check_choices(answer):
 # ------------------------------------------------------------------------------------- rows and threads
 # A record is a row as OUT has it. `rows` is {key: (line number, record)}, `done` is {key: finished record}.
 
-def from_out(flags, path):
-    """A path as seen from OUT's folder. Links are resolved, or `..` could lead elsewhere."""
-    return os.path.relpath(os.path.realpath(path), os.path.realpath(flags.out.parent))
+def from_out(flags, line, path):
+    """A path in a line of --data, as seen from OUT's folder. Links are resolved, or `..` could lead elsewhere."""
+    try:
+        path = relative(os.path.realpath(path), os.path.realpath(flags.out.parent))
+        path.encode()                                                  # or OUT could not be read again
+    except ValueError:
+        raise InputError(f"{flags.data}:{line}: {str(path)!r:.200} is no path that a text file can name"
+                         ) from None
+    return path
 
 
 def identity(flags, record):
@@ -141,14 +152,15 @@ def ask(flags, record, call, prompt, parts, check):
 def records_so_far(flags, rows):
     """What an earlier run left in OUT -> done. It must be of these rows and of the same judge."""
     make_folder(flags.out.parent)
-    open(flags.out, "a").close()                                       # fails before anything is paid for
+    open(flags.out, "a", encoding="utf-8").close()                     # fails before anything is paid for
     finished(flags.endpoint.log, cut=True)
     done = {}
     for line, record in enumerate(finished(flags.out, cut=True), 1):
         key = json.dumps(identity(flags, record))
         same = key in rows and json.dumps({**record, **rows[key][1]}) == json.dumps(record)
-        need(same, f"{flags.out}:{line}: of another input row, model, protocol or number of samples than "
-                   f"{flags.data} and the flags now say; take another --out")
+        need(same and flags.result in record,
+             f"{flags.out}:{line}: of another input row, model, protocol, number of samples, --extra or "
+             f"--no-system than {flags.data} and the flags now say; take another --out")
         done[key] = record
     return done
 
@@ -156,19 +168,28 @@ def records_so_far(flags, rows):
 def run_missing(flags, path, records, done, job, title):
     """Append job(record) to a file and to `done` for each key that `done` lacks -> {key: why it failed}."""
     failed = {}
+    futures = {}
     pool = ThreadPoolExecutor(flags.concurrency)
     try:
-        futures = {pool.submit(job, record): key for key, record in records.items() if key not in done}
+        futures.update((pool.submit(job, record), key) for key, record in records.items() if key not in done)
         for future in tqdm(as_completed(futures), desc=title, total=len(futures)):
             key = futures[future]
             try:
                 done[key] = future.result()
+            except StopRun:
+                raise
             except InputError as error:
                 failed[key] = error
                 continue
             append(path, done[key])
-    finally:
+    except BaseException:                                              # what has come is kept all the same
+        flags.endpoint.stopped = flags.endpoint.stopped or StopRun("the run was stopped")
         pool.shutdown(wait=False, cancel_futures=True)
+        for future, key in futures.items():
+            if key not in done and future.done() and not future.cancelled() and not future.exception():
+                append(path, future.result())
+        raise
+    pool.shutdown()
     return failed
 
 
@@ -195,16 +216,16 @@ def plan(flags):
     for line, row in read_rows(flags.data):
         record = {key: value for key, value in row.items() if key != "plan"}
         record["row"] = line
-        record["input_images"] = [from_out(flags, path) for path in row["input_images"]]
+        record["input_images"] = [from_out(flags, line, path) for path in row["input_images"]]
         for key in ("output_image", "mask"):
             if row.get(key):
-                record[key] = from_out(flags, row[key])
+                record[key] = from_out(flags, line, row[key])
         rows[json.dumps(identity(flags, record))] = line, record
 
     def write_plan(record):
         parts = [image_part(flags, name, "JPEG") for name in record["input_images"][:1]]
         # the model would repeat image tags in its steps, so it reads numbers
-        text = re.sub(r"(?:<img>)?<\|image_(\d+)\|>(?:</img>)?", r"image \1", record["instruction"])
+        text = re.sub(r"(?:<img>\s*)?<\|image_(\d+)\|>(?:\s*</img>)?", r"image \1", record["instruction"])
         text = f"Instruction: {text}"
         if record.get("source_caption"):
             text = f"Caption: {record['source_caption']}\n{text}"
@@ -225,7 +246,8 @@ def read_edits(flags):
         where = f"{flags.data}:{line}"
         for key, (kinds, what) in NEEDED.items():
             need(key in row, f"{where}: the key {key!r} is missing; there are {sorted(row)}")
-            need(type(row[key]) in kinds and row[key] != "",
+            finite = not isinstance(row[key], float) or math.isfinite(row[key])
+            need(type(row[key]) in kinds and finite and row[key] != "",
                  f"{where}: {key} should be {what}, not {json.dumps(row[key])[:60]}")
         taken = sorted(ADDED & set(row))
         need(not taken, f"{where}: judging adds {', '.join(taken)} itself; rename the key")
@@ -235,8 +257,9 @@ def read_edits(flags):
         record = dict(row)
         for key in ("source", "output"):
             if row[key]:
-                record[key] = from_out(flags, flags.data.parent / row[key])
-        record["judge"] = {"model": flags.model, "protocol": flags.protocol, "samples": flags.samples}
+                record[key] = from_out(flags, line, flags.data.parent / row[key])
+        record["judge"] = {"model": flags.model, "protocol": flags.protocol, "samples": flags.samples,
+                           **flags.asked}
         first, _ = rows.setdefault(json.dumps(identity(flags, record)), (line, record))
         need(first == line, f"{where}: the same id and output as line {first}; give every edit its own")
     need(rows, f"{flags.data}: no rows")
@@ -275,13 +298,22 @@ def pair_of(record):
 def ask_questions(flags, records):
     """The questions of each (source, instruction), asked once -> {pair: {"questions": ...} or InputError}."""
     path = flags.out.with_suffix(".questions.jsonl")
-    done = {pair_of(old): old for old in finished(path, cut=True) if old["model"] == flags.model}
+    asker = {"model": flags.model, **flags.asked}
+    done = {}
+    for line, old in enumerate(finished(path, cut=True), 1):
+        try:
+            check_questions(old, old["source"])
+            if {key: old[key] for key in old if key not in ("source", "instruction", "questions")} == asker:
+                done[pair_of(old)] = old
+        except (InputError, LookupError, TypeError):
+            raise InputError(f"{path}:{line}: not a line of questions as they are written here; remove it"
+                             ) from None
 
     def job(record):
         questions = ask(flags, record, "questions", "QUESTIONS", edit_parts(flags, record, ["source"]),
                         lambda answer: check_questions(answer, record["source"]))
-        about = {"source": record["source"], "instruction": record["instruction"], "model": flags.model}
-        return {**about, "questions": questions}
+        return {"source": record["source"], "instruction": record["instruction"], **asker,
+                "questions": questions}
     failed = run_missing(flags, path, {pair_of(record): record for record in records}, done, job, "questions")
     return {**done, **failed}
 
@@ -309,9 +341,9 @@ def grade_by_questions(flags, record, questions):
 def main():
     p = parser(__doc__)
     commands = p.add_subparsers(required=True)
-    for function, identity_keys in ((plan, ["row"]), (judge, ["id", "output"])):
+    for function, identity_keys, result in ((plan, ["row"], "plan"), (judge, ["id", "output"], "PQ")):
         command = add_command(commands, function)
-        command.set_defaults(identity=identity_keys)
+        command.set_defaults(identity=identity_keys, result=result)
         command.add_argument("--data", type=Path, required=True, help="a JSONL file")
         command.add_argument("--out", type=Path, required=True, help="JSONL file to write, or to go on with")
         command.add_argument("--api", type=address, required=True, help="address up to /chat/completions")
@@ -319,6 +351,14 @@ def main():
         command.add_argument("--concurrency", type=COUNT, default=4, help="requests at once")
         command.add_argument("--timeout", type=SECONDS, default=120, help="seconds for a reply")
         command.add_argument("--tries", type=COUNT, default=6, help="to get one acceptable answer")
+        command.add_argument("--no-system", action="store_true",
+                             help="the task goes into the user's message, for models without a system's")
+        command.add_argument("--max-tokens", type=COUNT,
+                             help="most tokens of a reply (field max_tokens); for an endpoint that wants "
+                                  "another name, --extra '{\"max_completion_tokens\": N}'")
+        command.add_argument("--extra", type=request_fields, default={}, metavar="JSON",
+                             help="object merged into each request: its fields are added or replace others, "
+                                  "null takes one out, as in '{\"temperature\": null, \"top_p\": 0.9}'")
         command.add_argument("--key-env", default="MLLM_API_KEY", help="variable with the key; none if unset")
     command.add_argument("--protocol", choices=("complex-edit", "madi"), required=True)
     command.add_argument("--samples", type=COUNT, default=1, help="repetitions, averaged (complex-edit)")
@@ -327,7 +367,13 @@ def main():
          f"--out {flags.out}: another file than --data is needed, with a name that ends in .jsonl")
     log = flags.out.with_suffix(".raw.jsonl")
     key = key_from(flags.key_env)
-    flags.endpoint = Endpoint(flags.api, flags.model, key, flags.timeout, flags.tries, log)
+    fields = {"max_tokens": flags.max_tokens, **flags.extra}
+    flags.endpoint = Endpoint(flags.api, flags.model, key, flags.timeout, flags.tries, log, fields,
+                              not flags.no_system)
+    # belongs to the judge as the model does. Limits on tokens do not: what they cut off is never a grade
+    extra = {name: value for name, value in flags.extra.items()
+             if name not in ("max_tokens", "max_completion_tokens")}
+    flags.asked = {**({"extra": extra} if extra else {}), **({"no_system": True} if flags.no_system else {})}
     try:
         flags.run(flags)
     except OSError as error:
@@ -337,6 +383,11 @@ def main():
 if __name__ == "__main__":
     try:
         run_script(main)
-    except KeyboardInterrupt:
-        print("\nmllm.py: stopped; the same command goes on", file=sys.stderr)
-        os._exit(130)                                                  # replies under way are not waited for
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        elif end.code == 130:
+            print("\nmllm.py: stopped; the same command goes on", file=sys.stderr)
+        sys.stdout.flush()
+        # replies under way are not waited for
+        os._exit(end.code if isinstance(end.code, int) else bool(end.code))

@@ -1,4 +1,4 @@
-"""Published data sets -> JSONL files of our own form (data.read_rows), one a split: TO/NAME-SPLIT.jsonl.
+"""Published data sets -> JSONL files of our own form (common/rows.py), one a split: TO/NAME-SPLIT.jsonl.
 
     python -m tools.prepare magicbrush MagicBrush data       data/magicbrush-train.jsonl, magicbrush-dev.jsonl
     python -m tools.prepare emu-edit emu_edit_test_set data --split test
@@ -26,19 +26,22 @@ import io
 import json
 import os
 import re
+import shutil
 from collections import Counter, namedtuple
 from contextlib import ExitStack
 from functools import lru_cache, partial
 from itertools import chain, islice
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
 from common.cli import parser, run_script
-from common.files import InputError, make_folder, optional, read_json, rows_of, writing
-from data import check_row
+from common.files import (InputError, decode, make_folder, optional, read_bytes, read_json, relative, rows_of,
+                          writing)
+from common.rows import check_row
 
 FILES = {                                 # where the rows are: of several patterns, the first that matches
     "magicbrush": ["edit_turns.json", "*/edit_turns.json", "**/*.parquet"], "ultraedit": ["**/*.parquet"],
@@ -49,6 +52,7 @@ COLUMNS = {                               # that Parquet files must have
     "magicbrush": {"img_id", "turn_index", "source_img", "mask_img", "instruction", "target_img"},
     "ultraedit": {"edit_prompt", "source_image", "edited_image"}, "complex-edit": {"image", "edit"},
     "emu-edit": {"instruction", "image", "task", "idx"}}
+SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "JPEG2000": "jp2"}            # MPO: a JPEG of several pictures
 KUBRIC_TASKS = {"location", "further_location", "closer", "counting", "rotate", "attribute"}
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)    # Pillow, pyarrow
 # Where a published row stands: `number` counts in the file `path`, `index` in its split. Its images go to
@@ -130,12 +134,13 @@ def keep(place, role, value, folder):
     value = content(value, folder)
     if isinstance(value, Path):
         # folders are resolved because `..` leaves a linked folder by its real parent
-        return os.path.relpath(value.parent.resolve() / value.name, place.out.resolve())
+        return relative(value.parent.resolve() / value.name, place.out.resolve())
     try:
         with Image.open(io.BytesIO(value)) as image:
-            name = f"images/{place.name}-{role}.{image.format.lower().replace('jpeg', 'jpg')}"
+            ending = SUFFIXES.get(image.format, image.format.lower())
     except BROKEN as error:
         raise InputError(f"not an image that can be read ({error})") from None
+    name = f"images/{place.name}-{role}.{ending}"
     path = place.out / name
     # not `writing`, which would sync millions of images to disk: a torn one has another size
     if not path.is_file() or path.stat().st_size != len(value):
@@ -178,6 +183,7 @@ def make_row(place, folder, text, sources, target=None, cutout=None, **more):
     more = {key: value for key, value in more.items() if value is not None}
     row = {"instruction": text.strip(), "input_images": sources, "output_image": target, **more}
     check_row(row, Path())
+    json.dumps(row, allow_nan=False, ensure_ascii=False).encode()      # or the file could not be read again
     return row
 
 
@@ -277,7 +283,10 @@ def idea_bench(case, place):
     if not images:
         raise InputError("no input image 0001.jpg: a text-to-image case; only cases with input images become "
                          "rows")
-    text = (case / "instruction.txt").read_text(encoding="utf-8", errors="replace")
+    try:
+        text = decode(read_bytes(case / "instruction.txt"))
+    except InputError as error:
+        raise InputError(f"instruction.txt: {error}") from None
     return [make_row(place, case, text, images, task=task, task_name=task, uid=uid, id=case.name,
                      save_as=candidate(f"{case.name}/0001.jpg"))]
 
@@ -294,6 +303,35 @@ SETS = {"magicbrush": magicbrush, "ultraedit": ultraedit, "aurora": aurora, "emu
         "complex-edit": complex_edit, "idea-bench": idea_bench, "geneval": geneval}
 
 
+def converted(name, source, out, split, convert, skipped):
+    """Yield (JSONL file, our rows) for each published row; `skipped` gets where and why one is left out."""
+    ids = set()
+    sizes = {}                                                         # of the splits, skipped rows included
+    for path, own, rows in read_files(name, source):
+        sizes.setdefault(own, 0)
+        if split not in (None, own):
+            continue
+        make_folder(out)
+        target = out / (f"{name}-{own}.jsonl" if own else f"{name}.jsonl")
+        more = {"benchmark": name, "split": own} if own else {"benchmark": name}
+        for number, raw in enumerate(rows):
+            place = Place(out, path, own, number, sizes[own], f"{name}/{own}/{path.stem}-{number:06d}")
+            sizes[own] += 1
+            try:
+                made = convert(raw, place)
+                if (own, made[0]["id"]) in ids:
+                    raise InputError(f"its id {made[0]['id']} was there before")
+            except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+                reason = error if isinstance(error, InputError) else f"not a row as published ({error})"
+                skipped.append(f"{path} row {number}: {reason}" if path.is_file() else f"{path}: {reason}")
+                continue
+            ids.add((own, made[0]["id"]))
+            yield target, [{**row, **more} for row in made]
+    if split and split not in sizes:
+        found = ", ".join(sorted(filter(None, sizes))) or "no splits"
+        raise InputError(f"--split {split}: {source} has {found}")
+
+
 def prepare(name, source, out, split=None, complexity=None):
     """Write the JSONL files -> {path: (rows, rows with a mask)}, [where and why a row was skipped]."""
     if not os.path.isdir(source):
@@ -302,39 +340,22 @@ def prepare(name, source, out, split=None, complexity=None):
     files = {}
     counts = {}
     skipped = []
-    ids = set()
-    sizes = {}                                                         # of the splits, skipped rows included
-    with ExitStack() as stack, tqdm(desc=name, unit=" rows") as bar:
-        for path, own, rows in read_files(name, source):
-            sizes.setdefault(own, 0)
-            if split not in (None, own):
-                continue
-            make_folder(out)
-            target = out / (f"{name}-{own}.jsonl" if own else f"{name}.jsonl")
-            more = {"benchmark": name, "split": own} if own else {"benchmark": name}
-            for number, raw in enumerate(rows):
-                bar.update()
-                place = Place(out, path, own, number, sizes[own], f"{name}/{own}/{path.stem}-{number:06d}")
-                sizes[own] += 1
-                try:
-                    made = convert(raw, place)
-                    if (own, made[0]["id"]) in ids:
-                        raise InputError(f"its id {made[0]['id']} was there before")
-                except InputError as error:
-                    skipped.append(f"{path} row {number}: {error}" if path.is_file() else f"{path}: {error}")
-                    continue
-                except OSError as error:                               # such as a full disk: it stops the run
-                    reason = f"cannot be read or written ({error.strerror or error})"
-                    raise InputError(f"{error.filename or out}: {reason}") from None
-                ids.add((own, made[0]["id"]))
-                if target not in files:
-                    files[target] = stack.enter_context(writing(target))
-                files[target].writelines(json.dumps({**row, **more}) + "\n" for row in made)
+    try:
+        with ExitStack() as stack:
+            rows = converted(name, source, out, split, convert, skipped)
+            for target, made in tqdm(rows, desc=name, unit=" rows"):
+                if target not in files:                                # copied to its place when it is whole
+                    files[target] = stack.enter_context(TemporaryFile(dir=out))
+                files[target].write("".join(json.dumps(row) + "\n" for row in made).encode())
                 done, masks = counts.get(target, (0, 0))
                 counts[target] = (done + len(made), masks + sum("mask" in row for row in made))
-    if split and split not in sizes:
-        found = ", ".join(sorted(filter(None, sizes))) or "no splits"
-        raise InputError(f"--split {split}: {source} has {found}")
+            for target, file in files.items():
+                file.seek(0)
+                with writing(target, "wb") as whole:
+                    shutil.copyfileobj(file, whole)
+    except OSError as error:                                           # such as a full disk
+        reason = f"cannot be read or written ({error.strerror or error})"
+        raise InputError(f"{error.filename or out}: {reason}") from None
     return counts, skipped
 
 
