@@ -4,7 +4,8 @@
     python -m tools.mllm judge --data results.jsonl --out judged.jsonl --api URL --model NAME --protocol madi
 
 plan   Adds a plan (Eq. 7) to every row of a training file (common/rows.py): one to five steps, from the first
-       source image, its caption and the instruction. A row keeps its keys; `plan` and `row` (its line) are set.
+       source image, its caption and the instruction. A row keeps its keys; `plan` and `row`, its line, are
+       set.
 judge  Grades edits for instruction following (IF), identity preservation (IP, IDP) and quality (PQ). A row is
        {"id": text or number, "instruction": text, "source": path or null, "output": path} and further keys;
        id and output together tell it from the others.
@@ -130,7 +131,7 @@ def check_choices(answer):
 # A record is a row as OUT has it. `rows` is {key: (line number, record)}, `done` is {key: finished record}.
 
 def from_out(flags, line, path):
-    """A path in a line of --data, as seen from OUT's folder. Links are resolved, or `..` could lead elsewhere."""
+    """A path in a line of --data, seen from OUT's folder. Links are resolved, or `..` could lead elsewhere."""
     try:
         path = relative(os.path.realpath(path), os.path.realpath(flags.out.parent))
         path.encode()                                                  # or OUT could not be read again
