@@ -226,7 +226,7 @@ def test_a_thought_is_no_answer(server, tmp_path, capsys, reply):
 
 
 @pytest.mark.parametrize("end", [
-    '{"steps": ["the sky tur', '{"steps": ["a", "b"', '{"steps": []}', '{"steps": 12' + "0" * 5000 + "}",
+    '{"steps": ["the sky tur', '{"steps": ["a", "b"', '{"steps": []}', '{"before": ' + DRAFT + ', "steps": 12' + "0" * 5000 + "}",
     '{"before": ' + DRAFT + ', "steps": ["the', '{"before": ' + DRAFT + ', "steps": ["a" "b"]}'[:-1]])
 def test_the_last_object_is_the_answer_or_none_is(server, tmp_path, end):
     server.answer = in_turn(says(f"first {DRAFT}, no: {end}"))
@@ -365,6 +365,15 @@ def test_what_no_request_can_pass_stops_the_run(server, tmp_path, monkeypatch, s
     assert "\n" not in str(error.value)
     assert len(server.requests) == 3 and [row["row"] for row in lines(out)] == [1, 2]
     assert call("plan", server, data, out) == 0 and [row["row"] for row in lines(out)] == [*range(1, 41)]
+
+
+def test_nothing_is_sent_after_the_end_of_a_run(server, tmp_path):
+    server.answer = in_turn((401, {}, b"no"))
+    one = endpoint.Endpoint(server.url, "m", "", 10, 3, tmp_path / "raw.jsonl")
+    for _ in range(2):                                                 # the second row of another thread, say
+        with pytest.raises(endpoint.StopRun, match="HTTP 401: no"):
+            one.ask({}, "plan", "task", [], mllm.check_plan)
+    assert len(server.requests) == 1
 
 
 def test_a_log_that_cannot_be_written_stops_the_run(server, tmp_path, monkeypatch):

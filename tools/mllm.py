@@ -131,7 +131,7 @@ def check_choices(answer):
 # A record is a row as OUT has it. `rows` is {key: (line number, record)}, `done` is {key: finished record}.
 
 def from_out(flags, line, path):
-    """A path in a line of --data, seen from OUT's folder. Links are resolved, or `..` could lead elsewhere."""
+    """A path in a line of --data, seen from OUT's folder. Links are resolved: `..` could lead elsewhere."""
     try:
         path = relative(os.path.realpath(path), os.path.realpath(flags.out.parent))
         path.encode()                                                  # or OUT could not be read again
