@@ -226,7 +226,8 @@ def test_a_thought_is_no_answer(server, tmp_path, capsys, reply):
 
 
 @pytest.mark.parametrize("end", [
-    '{"steps": ["the sky tur', '{"steps": ["a", "b"', '{"steps": []}', '{"before": ' + DRAFT + ', "steps": 12' + "0" * 5000 + "}",
+    '{"steps": ["the sky tur', '{"steps": ["a", "b"', '{"steps": []}',
+    '{"before": ' + DRAFT + ', "steps": 12' + "0" * 5000 + "}",
     '{"before": ' + DRAFT + ', "steps": ["the', '{"before": ' + DRAFT + ', "steps": ["a" "b"]}'[:-1]])
 def test_the_last_object_is_the_answer_or_none_is(server, tmp_path, end):
     server.answer = in_turn(says(f"first {DRAFT}, no: {end}"))
