@@ -2,6 +2,8 @@
 
 B batch, L tokens, D width, H heads, E head width. cfg is a dict with the keys of Hugging Face's config.json.
 """
+import math
+import reprlib
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +13,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
 
-from common.files import InputError, optional, read_bytes, read_json
-from pretrained.weights import HINT, check_shapes, read_weights
+from common.files import InputError, decode, optional, read_bytes, read_json
+from pretrained.weights import (HINT, check_numbers, check_shapes, first_line, read_tokenizer, read_weights,
+                                released)
 
 
 class Layer(nn.Module):
@@ -57,6 +60,9 @@ class ViT(nn.Module):
     def image_features(self, pixels):                                                     # (B, 3, h, w)
         x = rearrange(self.patch(pixels), "b d h w -> b (h w) d")
         x = torch.cat([self.cls.expand(len(x), 1, -1), x], dim=1)                         # (B, L, D)
+        if x.shape[1] != self.position.shape[-2]:
+            raise InputError(f"images of {pixels.shape[3]} pixels need {x.shape[1]} positions, this ViT has "
+                             f"{self.position.shape[-2]}: image_size in its config.json is another")
         x = self.layers(self.before(x + self.position))
         return self.norm(x[:, 0])                                                         # (B, D)
 
@@ -115,81 +121,106 @@ def released_name(name, names):
     return ".".join(names.get(part, part) for part in name.split("."))
 
 
+# What CLIP's config.json leaves out, as transformers writes it, has the value that it has there.
+CLIP_DEFAULTS = {
+    "vision": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "image_size": 224,
+               "intermediate_size": 3072, "patch_size": 32, "layer_norm_eps": 1e-5,
+               "hidden_act": "quick_gelu"},
+    "text": {"hidden_size": 512, "num_hidden_layers": 12, "num_attention_heads": 8, "vocab_size": 49408,
+             "intermediate_size": 2048, "max_position_embeddings": 77, "layer_norm_eps": 1e-5,
+             "hidden_act": "quick_gelu"}}
+TOWER = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+
+def check_tower(where, cfg, act, *sizes):
+    """A transformer of a config.json: sizes that fit each other, and the activation of the release."""
+    check_numbers(where, cfg, (*sizes, *TOWER), ["layer_norm_eps"])
+    for whole, part in (("hidden_size", "num_attention_heads"), ("image_size", "patch_size")):
+        if whole in cfg and cfg[whole] % cfg[part]:
+            raise InputError(f"{where}: {whole}, {cfg[whole]}, is not a multiple of {part}, {cfg[part]}")
+    if cfg.get("hidden_act", act) != act:
+        raise InputError(f"{where}: hidden_act is {reprlib.repr(cfg['hidden_act'])}; {act} is needed")
+
+
 def build(kind, cfg, weights, names, path):
     """A CLIP or ViT with the weights of a released file: all of them and no others."""
-    try:
-        with torch.device("meta"):
-            model = kind(cfg)
-    except KeyError as error:
-        raise InputError(f"{path}/config.json: the key {error} is missing") from None
+    with torch.device("meta"):
+        model = kind(cfg)
     ours = {released_name(key, names): key for key in model.state_dict()}
     expected = {theirs: tuple(model.state_dict()[key].shape) for theirs, key in ours.items()}
-    weights = {key: value for key, value in weights.items() if not key.endswith("position_ids")}   # a counter
     check_shapes(path, expected, {key: tuple(value.shape) for key, value in weights.items()})
-    model.load_state_dict({ours[key]: value.float() for key, value in weights.items()}, assign=True)
+    model.load_state_dict({ours[key]: value for key, value in weights.items()}, assign=True)
     return model.requires_grad_(False).eval()
 
 
 def load_clip(folder, device="cpu"):
     """A folder laid out as openai/clip-vit-base-patch32 or clip-vit-large-patch14 -> CLIP, its tokenizer."""
-    cfg = read_json(Path(folder) / "config.json", hint=HINT)
-    gelu = cfg.get("vision_config", {}).get("hidden_act", "quick_gelu")
-    if cfg.get("model_type") != "clip" or gelu != "quick_gelu":
-        raise InputError(f"{folder}/config.json: model_type {cfg.get('model_type')!r}; a CLIP of OpenAI is "
-                         f"needed, which has quick_gelu, not {gelu}")
-    return build(CLIP, cfg, read_weights(folder), CLIP_NAMES, folder).to(device), ClipTokenizer(folder)
+    path = Path(folder) / "config.json"
+    found = read_json(released(path))
+    if found.get("model_type") != "clip":
+        raise InputError(f"{path}: model_type {reprlib.repr(found.get('model_type'))}; a CLIP of OpenAI is "
+                         f"needed")
+    cfg = {"projection_dim": 512, **found}
+    check_numbers(path, cfg, ["projection_dim"])
+    for tower, sizes in (("vision", ["patch_size", "image_size"]), ("text", ["vocab_size"])):
+        key = f"{tower}_config"
+        given = found.get(f"{key}_dict") or found.get(key) or {}       # the former wins in transformers, too
+        if not isinstance(given, dict):
+            raise InputError(f"{path}: {key} is {reprlib.repr(given)}; an object with its sizes is expected")
+        cfg[key] = {**CLIP_DEFAULTS[tower], **given}
+        check_tower(f"{path}: {key}", cfg[key], "quick_gelu", *sizes)
+    if cfg["text_config"]["max_position_embeddings"] != 77:
+        raise InputError(f"{path}: text_config: max_position_embeddings is not 77, as in OpenAI's CLIP")
+    tokenizer = ClipTokenizer(folder)
+    if tokenizer.end >= cfg["text_config"]["vocab_size"]:
+        raise InputError(f"{folder}: the tokenizer's ids go to {tokenizer.end}, vocab_size in config.json is "
+                         f"{cfg['text_config']['vocab_size']}: the files of two models")
+    return build(CLIP, cfg, read_weights(folder), CLIP_NAMES, folder).to(device), tokenizer
 
 
 def load_dino(path, device="cpu", eps=1e-6):           # eps of MagicBrush's evaluator; config.json has 1e-12
     """facebook/dino-vits16 as a folder, or the original dino_deitsmall16_pretrain.pth -> ViT."""
     weights = read_weights(path)
-    if not Path(path).is_dir():
+    if Path(path).is_dir():
+        where, names = Path(path) / "config.json", DINO_NAMES
+        cfg = read_json(released(where))
+        if cfg.get("model_type") != "vit":
+            raise InputError(f"{where}: model_type {reprlib.repr(cfg.get('model_type'))}; DINO's is 'vit'")
+    else:
+        where, names = path, DINO_PTH_NAMES
         cfg = original_dino(weights, path)
-        return build(ViT, {**cfg, "layer_norm_eps": eps}, weights, DINO_PTH_NAMES, path).to(device)
-    cfg = read_json(Path(path) / "config.json", hint=HINT)
-    if cfg.get("model_type") != "vit":
-        raise InputError(f"{path}/config.json: model_type {cfg.get('model_type')!r}; DINO's is 'vit'")
-    return build(ViT, {**cfg, "layer_norm_eps": eps}, weights, DINO_NAMES, path).to(device)
+    cfg = {**cfg, "layer_norm_eps": eps}
+    check_tower(where, cfg, "gelu", "patch_size", "image_size")
+    return build(ViT, cfg, weights, names, path).to(device)
 
 
 def original_dino(weights, path):
     """cfg for DINO's original file, from its shapes. Cuts each qkv of the weights into three, in place."""
-    if "pos_embed" not in weights or "blocks.0.mlp.fc1.weight" not in weights:
+    shapes = [weights[key].shape if key in weights else () for key in
+              ("pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")]
+    if [len(shape) for shape in shapes] != [3, 4, 2]:
         raise InputError(f"{path}: not DINO's original file: it has {', '.join(sorted(weights)[:3])}, ...")
+    (_, positions, width), (*_, patch), (mlp, _) = shapes
     fused = [key for key in weights if ".attn.qkv." in key]            # a weight and a bias in each layer
     for key in fused:
-        for part, value in zip("qkv", weights.pop(key).chunk(3)):
+        for part, value in zip("qkv", torch.atleast_1d(weights.pop(key)).chunk(3)):
             weights[key.replace("qkv", part)] = value
-    _, positions, width = weights["pos_embed"].shape
-    patch = weights["patch_embed.proj.weight"].shape[2]
     return {"hidden_size": width, "num_attention_heads": width // 64, "num_hidden_layers": len(fused) // 2,
-            "intermediate_size": len(weights["blocks.0.mlp.fc1.weight"]),
-            "patch_size": patch, "image_size": patch * int((positions - 1) ** 0.5)}
+            "intermediate_size": mlp, "patch_size": patch,
+            "image_size": patch * math.isqrt(max(0, positions - 1))}
 
 
 class ClipTokenizer:
     """CLIP's byte-level BPE of lower-case text, from tokenizer.json or from vocab.json and merges.txt."""
 
     def __init__(self, folder):
-        t = optional("tokenizers")
         folder = Path(folder)
-        if (folder / "tokenizer.json").is_file():
-            self.bpe = t.Tokenizer.from_file(str(folder / "tokenizer.json"))
-            self.bpe.no_padding()
-            self.bpe.no_truncation()
-        else:
-            read_json(folder / "vocab.json", hint=HINT)   # the package would not say which file is missing
-            read_bytes(folder / "merges.txt", HINT)
-            files = [str(folder / name) for name in ("vocab.json", "merges.txt")]
-            model = t.models.BPE.from_file(*files, end_of_word_suffix="</w>", unk_token="<|endoftext|>")
-            words = t.Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
-            split = t.pre_tokenizers.Split(words, "removed", invert=True)
-            to_bytes = t.pre_tokenizers.ByteLevel(add_prefix_space=False)
-            self.bpe = t.Tokenizer(model)
-            self.bpe.normalizer = t.normalizers.Sequence([t.normalizers.NFC(), t.normalizers.Lowercase()])
-            self.bpe.pre_tokenizer = t.pre_tokenizers.Sequence([split, to_bytes])
-        self.start = self.bpe.token_to_id("<|startoftext|>")
-        self.end = self.bpe.token_to_id("<|endoftext|>")
+        ends = ("<|startoftext|>", "<|endoftext|>")
+        whole = folder / "tokenizer.json"
+        self.bpe = read_tokenizer(whole, ends) if whole.exists() else original_bpe(folder, ends)
+        self.start, self.end = map(self.bpe.token_to_id, ends)
+        if self.end != max(self.bpe.get_vocab().values()):             # TextTower finds it by that
+            raise InputError(f"{folder}: <|endoftext|> is not the last token, as it is in OpenAI's CLIP")
 
     def __call__(self, texts, length=77):
         """-> ids (B, length), filled up with the end token, and how many of the texts were cut to fit."""
@@ -199,6 +230,30 @@ class ClipTokenizer:
             row = [self.start, *row[:length - 2]]
             ids[k, :len(row)] = torch.tensor(row)
         return ids, sum(len(row) > length - 2 for row in rows)
+
+
+def original_bpe(folder, needed):
+    """The tokenizer of vocab.json and merges.txt."""
+    t = optional("tokenizers")
+    vocab = read_json(released(folder / "vocab.json"))
+    path = released(folder / "merges.txt")
+    try:
+        lines = decode(read_bytes(path)).split("\n")
+        merges = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
+        model = t.models.BPE(vocab, merges, end_of_word_suffix="</w>", unk_token="<|endoftext|>")
+    except Exception as error:                           # the package raises nothing more exact
+        reason = first_line(error)
+        raise InputError(f"{path}: it does not fit vocab.json ({reason}); get both again") from None
+    missing = [token for token in needed if token not in vocab]
+    if missing:
+        raise InputError(f"{folder}/vocab.json: it lacks the token {', '.join(missing)}; get it again")
+    bpe = t.Tokenizer(model)
+    bpe.normalizer = t.normalizers.Sequence([t.normalizers.NFC(), t.normalizers.Lowercase()])
+    words = t.Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
+    split = t.pre_tokenizers.Split(words, "removed", invert=True)
+    to_bytes = t.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.pre_tokenizer = t.pre_tokenizers.Sequence([split, to_bytes])
+    return bpe
 
 
 CLIP_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]

@@ -2,6 +2,7 @@
 
 B batch, c channels, h, w height and width of the feature map at hand (Encoder, Decoder, VAE: of the latent).
 """
+import reprlib
 from collections import OrderedDict
 from itertools import pairwise
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 
 from common.files import InputError, read_json
-from pretrained.weights import HINT, load_weights
+from pretrained.weights import check_numbers, load_weights, released
 
 
 class Resnet(nn.Module):
@@ -139,21 +140,26 @@ class VAE(nn.Module):
 
 
 FIXED = {"_class_name": "AutoencoderKL", "layers_per_block": 2, "act_fn": "silu", "in_channels": 3,
-         "out_channels": 3, "latents_mean": None, "shift_factor": None}
+         "out_channels": 3, "latent_channels": 4, "latents_mean": None, "latents_std": None,
+         "shift_factor": None}
 
 
 def load_vae(folder, device="cpu"):
     """VAE in float32 from folder/config.json and folder/diffusion_pytorch_model.safetensors."""
     path = Path(folder) / "config.json"
-    found = read_json(path, hint=HINT)
+    found = read_json(released(path))
     for key, value in FIXED.items():
         if found.get(key, value) != value:
-            raise InputError(f"{path}: {key} is {found[key]!r}, not {value!r}: not the autoencoder of SDXL")
-    sizes = ("block_out_channels", "norm_num_groups", "latent_channels", "scaling_factor")
-    for key in sizes:
-        if key not in found:
-            raise InputError(f"{path}: the key {key!r} is missing")
+            raise InputError(f"{path}: {key} is {reprlib.repr(found[key])}, not {value!r}: not the "
+                             f"autoencoder of SDXL")
+    check_numbers(path, found, ["norm_num_groups"], ["scaling_factor"])
+    groups = found["norm_num_groups"]
+    channels = found.get("block_out_channels")
+    if not (isinstance(channels, list) and len(channels) == 4
+            and all(type(c) is int and 0 < c < 2**14 and c % groups == 0 for c in channels)):
+        raise InputError(f"{path}: block_out_channels is {reprlib.repr(channels)}; four multiples of "
+                         f"norm_num_groups, {groups}, are expected")
     with torch.device("meta"):
-        vae = VAE(*(found[key] for key in sizes))
+        vae = VAE(channels, groups, scale=found["scaling_factor"])
     weights = path.with_name("diffusion_pytorch_model.safetensors")
     return load_weights(vae, weights, torch.float32, device).eval()

@@ -13,7 +13,7 @@ import magd
 from common.files import InputError
 from data import make_prompt, to_tensor, tokenize
 from model import PADDING, Condition, Config, Transformer, attention_rule
-from pretrained.omnigen import BPE, load_omnigen, prepare, read_config, save_omnigen
+from pretrained.omnigen import BPE, export, load_omnigen, prepare, read_config, save_omnigen
 from pretrained.vae import VAE, load_vae
 from sample import generate
 
@@ -149,6 +149,150 @@ def test_truncated_weights(folder):
         load_omnigen(folder)
 
 
+@pytest.mark.parametrize("index, message", [
+    ({"metadata": {}}, "index.json: no weight_map"), ({"weight_map": []}, "index.json: no weight_map"),
+    ({"weight_map": {"a": 3}}, "index.json: no weight_map"), ([], "index.json: a JSON dict is expected"),
+    ({"weight_map": {"a": "../model.safetensors"}}, "index.json: no weight_map"),
+    ({"weight_map": {"a": "gone.safetensors"}}, "gone.safetensors: there is no such file"),
+    ({"weight_map": {"a": "model.safetensors", "b": "copy.safetensors"}}, "is in copy.safetensors too")])
+def test_an_index_that_names_no_files(folder, index, message):
+    (folder / "copy.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match=message):
+        load_omnigen(folder)
+
+
+@pytest.mark.parametrize("change, dtype, message", [
+    (lambda w: w.flatten()[3:5].fill_(torch.nan), torch.float32, "2 of 2304 values are not finite"),
+    (lambda w: w.double() * 1e300, torch.float32, "2304 of 2304 values are not finite"),
+    (lambda w: w.fill_(1e30), torch.float16, "2304 of 2304 values are not finite"),
+    (lambda w: w.to(torch.int8), torch.float32, "is of type int8"), (lambda w: w > 0, torch.float32, "is of type bool"),
+    (lambda w: w.to(torch.float8_e4m3fn), torch.float32, "is of type float8_e4m3fn")])
+def test_weights_that_are_no_finite_numbers_are_named(folder, change, dtype, message):
+    """After the cast, too: what a smaller type cannot hold is infinite there."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    name = "llm.layers.1.self_attn.o_proj.weight"
+    weights = safetensors.load_file(folder / "model.safetensors")
+    changed = change(weights[name])
+    safetensors.save_file({**weights, name: weights[name] if changed.numel() == 2 else changed}, folder / "model.safetensors")
+    with pytest.raises(InputError, match=f"model.safetensors: {name}:? {message}"):
+        load_omnigen(folder, dtype)
+
+
+@pytest.mark.parametrize("name, load", [("config.json", read_config), ("model.safetensors", load_omnigen), ("tokenizer.json", BPE),
+                                        ("vae/config.json", lambda folder: load_vae(folder / "vae")),
+                                        ("vae/diffusion_pytorch_model.safetensors", lambda folder: load_vae(folder / "vae"))])
+def test_what_stands_in_the_place_of_a_file(folder, name, load):
+    file = folder / name
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 15503126376\n")
+    with pytest.raises(InputError, match=f"{name}: a Git LFS pointer, not the file itself; run `git lfs pull`"):
+        load(folder)
+    file.write_bytes(b"")
+    with pytest.raises(InputError, match=f"{name}: the file is empty"):
+        load(folder)
+    file.unlink()
+    with pytest.raises(InputError, match=f"{name}: there is no such file. docs/full-scale.md"):
+        load(folder)
+    file.mkdir()
+    with pytest.raises(InputError, match=f"{name}: Is a directory"):
+        load(folder)
+
+
+def test_saved_weights_are_a_file_like_any_other(folder, tmp_path):
+    """Read by the package, by whoever may read other new files; shards that were there before are not read again."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "old.safetensors"}}')
+    model = released_model().to(torch.bfloat16)
+    model.llm.norm.float()                                 # a type of its own
+    model.t_embedder.mlp[0].bias = torch.nn.Parameter(torch.ones(48, 2)[:, 0])         # not contiguous
+    save_omnigen(model, folder)
+    again = safetensors.load_file(folder / "model.safetensors")
+    assert all(value.equal(again[key]) and value.dtype == again[key].dtype for key, value in model.state_dict().items())
+    assert load_omnigen(folder, torch.bfloat16).t_embedder.mlp[0].bias.equal(torch.ones(48, dtype=torch.bfloat16))
+    (tmp_path / "new").touch()
+    assert (folder / "model.safetensors").stat().st_mode == (tmp_path / "new").stat().st_mode
+
+
+def test_export_is_complete_or_one_line(folder, tmp_path):
+    model = load_omnigen(folder)
+    files = {name: (folder / name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+                                                             "vae/config.json", "vae/diffusion_pytorch_model.safetensors")}
+    for target in (tmp_path / "new", folder):              # into the folder itself, too
+        export(model, folder, target)
+        assert all((target / name).read_bytes() == value for name, value in files.items())
+        assert load_omnigen(target).cfg == model.cfg and not list(target.rglob("*.tmp"))
+    resource = pytest.importorskip("resource")             # not on Windows
+    before = (folder / "model.safetensors").read_bytes()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limit[1]))                   # as on a full disk
+    try:
+        with pytest.raises(InputError, match="model.safetensors: cannot be written"):
+            export(model, folder, folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert (folder / "model.safetensors").read_bytes() == before and not list(folder.rglob("*.tmp"))
+    (folder / "vae/config.json").unlink()
+    with pytest.raises(InputError, match="vae/config.json: there is no such file"):
+        export(model, folder, tmp_path / "third")
+
+
+def change_config(folder, **changes):
+    """Set keys of config.json; None removes one."""
+    config = {**json.loads((folder / "config.json").read_text()), **changes}
+    (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
+FACTORS = {key: json.loads((FOLDER / "config.json").read_text())["rope_scaling"][key] for key in ("short_factor", "long_factor")}
+LONGROPE = {**FACTORS, "rope_type": "longrope"}
+BESIDE = {"rope_theta": 10000.0, "original_max_position_embeddings": 4096}
+ALONE = dict.fromkeys(BESIDE)                              # removes what stood beside
+
+
+@pytest.mark.parametrize("spelling", [
+    {"rope_scaling": {**FACTORS, "type": "longrope"}}, {"rope_scaling": LONGROPE}, {"rope_scaling": {**LONGROPE, "type": "su"}},
+    {"rope_scaling": None, "rope_parameters": LONGROPE},
+    {"rope_scaling": None, "rope_parameters": {**LONGROPE, **BESIDE, "type": "longrope", "partial_rotary_factor": 1.0}},
+    {"rope_scaling": None, "rope_parameters": {**LONGROPE, **BESIDE}, **ALONE},
+    {"rope_scaling": None, "rope_parameters": {"full_attention": {**LONGROPE, **BESIDE}, "sliding_attention": None}, **ALONE},
+    {"rope_parameters": {**LONGROPE, **BESIDE}},           # under both names, the same
+    {"rope_scaling": {**LONGROPE, "factor": 32, "attention_factor": 1.1902380714238083}}, {"partial_rotary_factor": 1}])
+def test_every_spelling_of_rope_reads_the_same(folder, spelling):
+    expected = read_config(folder)
+    assert expected.long_factor == FACTORS["long_factor"] and expected.short_factor == FACTORS["short_factor"]
+    change_config(folder, **spelling)
+    assert read_config(folder) == expected
+
+
+@pytest.mark.parametrize("spelling, message", [
+    ({"rope_scaling": None}, "no RoPE factors"), ({"rope_scaling": {}}, "no RoPE factors"),
+    ({"rope_scaling": None, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}, "no RoPE factors"),
+    ({"rope_scaling": FACTORS}, "rope_scaling of type None"), ({"rope_scaling": {**FACTORS, "type": "yarn"}}, "type 'yarn'"),
+    ({"rope_parameters": {**LONGROPE, "long_factor": FACTORS["short_factor"]}}, "long_factor of RoPE is given twice"),
+    ({"rope_parameters": {**LONGROPE, "rope_theta": 1e6}}, "rope_theta of RoPE is given twice, as 10000.0 and as 1000000.0"),
+    ({"rope_scaling": {**LONGROPE, "attention_factor": 1.0}}, "attention_factor of RoPE is 1.0; OmniGen-v1 has 1.19024"),
+    ({"rope_scaling": {**LONGROPE, "factor": 4.0}}, "factor of RoPE is 4.0; OmniGen-v1 has 32"),
+    ({"rope_scaling": {**LONGROPE, "long_mscale": 1.2}}, "long_mscale of RoPE is unknown"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor of RoPE is 0.5"), ({"head_dim": 32}, "2 heads of an even width, head_dim"),
+    ({"rope_scaling": {**LONGROPE, "short_factor": [1.0] * 11 + ["2"]}}, "short_factor is .*12 RoPE factors"),
+    ({"rope_scaling": {**LONGROPE, "short_factor": [0.0] * 12}}, "short_factor is .*12 RoPE factors"),
+    ({"rope_scaling": [1]}, r"\[1\] stands where parameters of RoPE"), (ALONE, "the key '(rope_theta|original_max.*)' is missing"),
+    ({"original_max_position_embeddings": 1}, "from 2 to"), ({"max_position_embeddings": 2048}, "4096; from 2 to .* 2048")])
+def test_rope_that_this_model_does_not_compute_is_refused(folder, spelling, message):
+    change_config(folder, **spelling)
+    with pytest.raises(InputError, match=f"config.json: .*{message}"):
+        read_config(folder)
+
+
+@pytest.mark.parametrize("key, value", [
+    ("hidden_size", "48"), ("hidden_size", 48.0), ("num_attention_heads", 0), ("num_hidden_layers", 10**9), ("vocab_size", -1),
+    ("intermediate_size", True), ("rms_norm_eps", "1e-5"), ("rms_norm_eps", float("nan")), ("rope_theta", -1.0),
+    ("max_position_embeddings", [131072]), ("num_attention_heads", 5)])
+def test_values_of_the_config_that_no_model_has(folder, key, value):
+    change_config(folder, **{key: value})
+    with pytest.raises(InputError, match=f"config.json: ({key} is |5 heads|2 key-value heads for 5)"):
+        load_omnigen(folder)
+
+
 @pytest.mark.parametrize("change, message", [
     ({"model_type": "llama"}, "model_type is 'llama'"), ({"num_key_value_heads": 1}, "1 key-value heads for 2 heads"),
     ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling of type 'linear'"), ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
@@ -163,6 +307,10 @@ def test_config_of_another_architecture(folder, change, message):
 def test_what_the_format_cannot_hold_is_refused(tmp_path):
     with pytest.raises(InputError, match="cannot hold a model with another .*qk_norm"):
         save_omnigen(tiny_model(), tmp_path)
+    model = released_model()
+    model.cfg = replace(model.cfg, short_factor=None, long_factor=None)
+    with pytest.raises(InputError, match="needs long and short RoPE factors"):         # read_config would refuse it
+        save_omnigen(model, tmp_path)
 
 
 # ------------------------------------------------------------------------------------------- images, latents, prompts
@@ -191,6 +339,16 @@ def test_vae(folder):
         torch.testing.assert_close(decoded, REFERENCE[f"vae/{name}/decoded"], atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("key, value", [
+    ("scaling_factor", 0), ("scaling_factor", float("nan")), ("scaling_factor", "0.13025"), ("norm_num_groups", 0), ("norm_num_groups", 3),
+    ("block_out_channels", [8, 8, 16]), ("block_out_channels", [8, 8, 16, 18]), ("block_out_channels", [8, 8, 16, "16"]),
+    ("block_out_channels", 8), ("latent_channels", 16), ("latents_std", [1.0] * 4)])
+def test_values_of_the_autoencoders_config(folder, key, value):
+    change_config(folder / "vae", **{key: value})
+    with pytest.raises(InputError, match=f"vae/config.json: .*{key}"):
+        load_vae(folder / "vae")
+
+
 def size_of(name):
     return REFERENCE[f"image/{name}/pixels"].shape[1] * REFERENCE[f"image/{name}/pixels"].shape[2] // 256
 
@@ -210,6 +368,34 @@ def test_texts_become_omnigens_ids():
     tokenizer = BPE(FOLDER)
     for case in FACTS["tokenize"]:
         assert tokenizer.encode(case["text"]) == case["ids"], case["text"]
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda t: t["model"].update(type="NewBPE"), "the installed tokenizers .* cannot read it .*pip install -U tokenizers"),
+    (lambda t: t["model"].update(continuing_subword_prefix="x", vocab={"e": 0, "": 1}, merges=[["e", ""]]), "the .* cannot read it"),  # panics
+    (lambda t: t["added_tokens"].pop(-3), "it lacks the token </img>"),
+    (lambda t: [token.update(content="?") for token in t["added_tokens"] if token["content"] == "<|end|>"], "it lacks the token <.end.>"),
+    (lambda t: t["added_tokens"].append({**t["added_tokens"][-1], "id": 573, "content": "<1>"}) or t["model"]["vocab"].update({"z" * 9: 600}),
+     "its ids go to 600, vocab_size in config.json is 576")])
+def test_a_tokenizer_of_another_release_or_model(folder, change, message):
+    pytest.importorskip("tokenizers")
+    value = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    change(value)
+    (folder / "tokenizer.json").write_text(json.dumps(value), encoding="utf-8")
+    with pytest.raises(InputError, match=f"tokenizer.json: {message}"):
+        BPE(folder)
+
+
+def test_a_byte_order_mark_is_skipped_and_other_encodings_are_named(folder):
+    pytest.importorskip("tokenizers")
+    config, ids = read_config(folder), BPE(folder).encode("a blue boat, \u00fc")
+    for name in ("config.json", "tokenizer.json", "vae/config.json"):
+        (folder / name).write_bytes(b"\xef\xbb\xbf" + (folder / name).read_bytes())
+    load_vae(folder / "vae")
+    assert read_config(folder) == config and BPE(folder).encode("a blue boat, \u00fc") == ids
+    (folder / "config.json").write_text("{}", encoding="utf-16")
+    with pytest.raises(InputError, match="config.json: this is UTF-16 text"):
+        read_config(folder)
 
 
 def test_pause_tokens_stand_before_the_end():
