@@ -16,7 +16,7 @@ from pretrained.encoders import (CLIP, CLIP_NAMES, DINO_NAMES, ClipTokenizer, Vi
 
 FOLDER = Path(__file__).parent / "fixtures/metrics_tiny"
 REFERENCE = read_safetensors(FOLDER / "metrics_reference.safetensors")
-FACTS = json.loads((FOLDER / "metrics_reference.json").read_text())
+FACTS = json.loads((FOLDER / "metrics_reference.json").read_text(encoding="utf-8"))
 IMAGES = [Image.fromarray(REFERENCE[f"image/{name}/u8"].numpy()) for name in FACTS["images"]]
 
 

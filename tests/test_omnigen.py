@@ -19,7 +19,7 @@ from sample import generate
 
 FOLDER = Path(__file__).parent / "fixtures/omnigen_tiny"
 REFERENCE = read_safetensors(FOLDER / "omnigen_reference.safetensors")
-FACTS = json.loads((FOLDER / "omnigen_reference.json").read_text())
+FACTS = json.loads((FOLDER / "omnigen_reference.json").read_text(encoding="utf-8"))
 
 
 def released_model(**changes):
