@@ -276,8 +276,8 @@ def to_tensor(image):
 def to_array(x):
     """(3, h, w) about in [-1, 1] -> (h, w, 3) uint8; what is far from that is no image: InputError."""
     if not x.abs().max() < 1e4:           # also where it is not a number
-        raise InputError("the sample is not finite, or beyond all bounds: a weight is broken or too large, or "
-                         "the guidance; try --text-scale 1 --image-scale 1, or get the weights again")
+        raise InputError("the sample is not finite, or beyond all bounds: a weight or the guidance is too "
+                         "large; try --text-scale 1 --image-scale 1, or get the weights again")
     return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
 
 

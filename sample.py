@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import magd
 from common.cli import (COUNT, GUIDANCE, NONE_OR_MORE, SHARE, numbers, parser, run_script, two_times,
-                        width_and_height)
+                        utf8_text, width_and_height)
 from common.devices import autocast, compile_blocks, is_first, processes
 from common.files import InputError, append, finished, make_folder, read_bytes, relative, write_jsonl
 from common.images import open_image, save_image, sheet
@@ -390,7 +390,7 @@ def parse_flags():
     p.add_argument("--init", help="omnigen:FOLDER, with OmniGen-v1's files in FOLDER; with --ckpt too, a "
                    "checkpoint of its fine-tuning")
     p.add_argument("--image", action="append", default=[], help="image to edit; repeat it for more")
-    p.add_argument("--prompt", help="the instruction; without --image a caption")
+    p.add_argument("--prompt", type=utf8_text, help="the instruction; without --image a caption")
     p.add_argument("--data", help="instead of --prompt: a JSONL file; edits each row, into the folder --out")
     p.add_argument("--pauses", type=numbers(4096), default=[0],
                    help="numbers of pause tokens, one candidate each")
@@ -401,7 +401,8 @@ def parse_flags():
     p.add_argument("--image-scale", type=GUIDANCE, help="guidance by the image; 1 = none (1; OmniGen 1.5)")
     p.add_argument("--guidance-interval", type=two_times, default=(0.0, 1.0),
                    help="times with guidance, such as 0.1,0.6; elsewhere one branch runs, not three")
-    p.add_argument("--negative-prompt", help="what guidance leads away from, instead of the empty prompt")
+    p.add_argument("--negative-prompt", type=utf8_text,
+                   help="what guidance leads away from, instead of the empty prompt")
     p.add_argument("--size", type=width_and_height, default=[1024, 1024],
                    help="WIDTHxHEIGHT of OmniGen's image when there is no --image")
     p.add_argument("--pause-token", default="<|placeholder1|>", help="OmniGen: a word of its tokenizer.json")

@@ -50,6 +50,14 @@ FINITE = number(float)
 GUIDANCE = number(float, 0, 1000)         # much larger ones overflow
 
 
+def utf8_text(given):
+    """The type of a flag that is a text: the bytes of the command line as UTF-8, whatever the locale."""
+    try:
+        return os.fsencode(given).decode()
+    except UnicodeError:
+        raise argparse.ArgumentTypeError(f"{ascii(given)} is not UTF-8 text") from None
+
+
 def numbers(high):
     """The type of a flag: a list of different whole numbers from 0 to `high`."""
     def parse(text):

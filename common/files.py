@@ -113,6 +113,8 @@ def writing(path, mode="w"):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except InputError:
+        raise
     except Exception as error:            # torch and safetensors have types of their own for a full disk
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
         reason = getattr(cause, "strerror", None) or str(cause).split("\n")[0] or type(cause).__name__

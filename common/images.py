@@ -16,10 +16,7 @@ def open_image(path):
 
     Of a file with several pictures, such as a phone's JPEG, the first; an animation is refused."""
     try:
-        with warnings.catch_warnings():                                # Pillow's limit is looser than ours
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(path)
-        with image:
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:    # of odd metadata
             if image.width * image.height > MOST_PIXELS:
                 raise InputError(f"{path}: {image.width} x {image.height} pixels are too many to decode "
                                  f"safely; at most {MOST_PIXELS}. Scale it down first.")

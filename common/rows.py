@@ -93,7 +93,7 @@ def check_tags(instruction, n):
                          f"given; tags run from <|image_1|> to <|image_n|> without a gap")
     rest = re.sub(rf"<img>\s*{TAG}\s*</img>|{TAG}", " ", instruction)
     if wrong := re.search(LIKE_A_TAG, rest, re.IGNORECASE):
-        raise InputError(f"{rest[wrong.start():][:20]!r} looks like an image tag, but a tag is written "
+        raise InputError(f"{rest[wrong.start():][:40]!r} looks like an image tag, but a tag is written "
                          f"<img><|image_1|></img>")
     return tags
 
@@ -126,7 +126,7 @@ def output_path(out, number, row, pauses, seed, taken):
     for name, claim in claims:
         key = os.path.realpath(name).casefold()            # some file systems know no capitals
         if taken.setdefault(key, claim) != claim:
-            raise InputError(f"{name} would be {claim:.200} and {taken[key]:.200}; give each a path of its own")
+            raise InputError(f"{name} would be {claim:.99} and {taken[key]:.99}; each needs its own path")
     return path
 
 

@@ -164,10 +164,8 @@ class Latents:
             data = np.fromfile(path, np.float16, int(np.prod(entry["shape"])), offset=entry["offset"])
         except OSError as error:
             raise InputError(f"{path}: latents that cannot be read ({error.strerror or error})") from None
-        if zlib.crc32(data.tobytes()) != entry["crc32"]:
+        if zlib.crc32(data.tobytes()) != entry["crc32"] or not np.isfinite(data).all():
             raise InputError(f"{path}: the latent of {key} is damaged; delete {self.folder} and make it anew")
-        if not np.isfinite(data).all():
-            raise InputError(f"{path}: the latent of {key} is not finite; delete {self.folder} and make it anew")
         mean, std = torch.from_numpy(data.astype(np.float32)).view(entry["shape"]).chunk(2)
         return mean + std * torch.randn(mean.shape, generator=generator)
 
