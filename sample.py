@@ -149,7 +149,11 @@ def load_checkpoint(path, device="cpu"):
         flags = state["flags"]
         data, size = flags["data"], flags["size"]
         tokenizer = Words(state["words"])
-        model = Transformer(Config(**{**state["config"], "vocab": len(tokenizer)})).init_weights()
+        cfg = Config(**{**state["config"], "vocab": len(tokenizer)})
+        for key, usual in vars(Config()).items():
+            if usual is not None and type(getattr(cfg, key)) not in (type(usual), int):
+                raise TypeError(f"{key} is {getattr(cfg, key)!r}")
+        model = Transformer(cfg).init_weights()
         world = WORLDS.get(data)
     except Exception as error:            # whatever broken sizes lead to
         raise InputError(f"{path}: it describes no model of this program ({error})") from None

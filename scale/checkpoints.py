@@ -25,7 +25,8 @@ def read_checkpoint(path):
     except Exception as error:      # torch.load raises half a dozen types for a file that is not a checkpoint
         reason = str(error).splitlines()[0]
         raise InputError(f"{path}: not a checkpoint that can be read ({reason})") from None
-    if not isinstance(state, dict) or not all(isinstance(state.get(key), TYPES[key]) for key in TYPES):
+    good = isinstance(state, dict) and set(TYPES) <= set(state)
+    if not good or not all(isinstance(state[key], kind) for key, kind in TYPES.items()):
         raise InputError(f"{path}: not a checkpoint of train.py")
     for part in ("model", "ema"):
         for name, value in state[part].items():

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from pretrained import latents
 from pretrained.latents import Latents, bucket, cache_header
 from pretrained.omnigen import BPE, load_omnigen
 from pretrained.vae import load_vae
+from sample import load_checkpoint, load_editor
 
 SIZES = [(128, 128), (150, 100), (100, 150), (128, 96), (200, 128), (64, 64), (90, 130), (300, 200)]
 
@@ -201,8 +203,14 @@ def test_previews_and_recomputed_blocks_leave_the_training_alone(world, tmp_path
              "--lr", 1e-2, "--ema", 0.9, "--eval-steps", 1]
     for name, every, blocks in (("with", 2, 1), ("without", 9, 0)):
         call(train, *flags, "--sample-every", every, "--checkpointing", blocks, "--out", tmp_path / name)
-    a, b = (torch.load(tmp_path / name / "last.pt", weights_only=True)["model"] for name in ("with", "without"))
-    assert all(a[key].equal(b[key]) for key in a)
+    a, b = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("with", "without"))
+    assert all(a["model"][key].equal(b["model"][key]) for key in a["model"])
+    # any checkpoint can be sampled, with the folder it was started from
+    editor = load_editor(SimpleNamespace(ckpt=tmp_path / "with/last.pt", init=f"omnigen:{folder}", pause_token="<|placeholder1|>", compile=False),
+                         torch.device("cpu"))
+    assert all(p.equal(a["ema"][name]) for name, p in editor.model.named_parameters())
+    with pytest.raises(InputError, match="last.pt: a fine-tuned OmniGen, .*: add --init omnigen:FOLDER"):
+        load_checkpoint(tmp_path / "with/last.pt")
 
 
 def test_bad_data_found_by_a_worker_is_one_clear_line(tmp_path):
