@@ -151,8 +151,11 @@ def load_checkpoint(path, device="cpu"):
         tokenizer = Words(state["words"])
         cfg = Config(**{**state["config"], "vocab": len(tokenizer)})
         for key, usual in vars(Config()).items():
-            if usual is not None and type(getattr(cfg, key)) not in (type(usual), int):
-                raise TypeError(f"{key} is {getattr(cfg, key)!r}")
+            value = getattr(cfg, key)
+            if type(value) not in (type(usual), int) or (usual is None) != (value is None):
+                raise TypeError(f"{key} is {value!r}")
+        if cfg.layers > len(state["model"]):
+            raise ValueError(f"{cfg.layers} layers, but {len(state['model'])} weights")
         model = Transformer(cfg).init_weights()
         world = WORLDS.get(data)
     except Exception as error:            # whatever broken sizes lead to
@@ -302,7 +305,9 @@ def edit_file(editor, flags, rank, world, device):
                 raise InputError(f"{flags.data}:{number}: {error}") from None
 
     settings = {key: getattr(flags, key) for key in SETTINGS}
-    settings = json.loads(json.dumps({**settings, "data": str(Path(flags.data).resolve())}))
+    weights = flags.ckpt or omnigen_folder(flags.init) / "config.json"     # written whenever the weights are
+    settings = json.loads(json.dumps({**settings, "data": str(Path(flags.data).resolve()),
+                                      "weights_written": os.path.getmtime(weights)}))
     results = out / f"results.{rank}.jsonl"
     finished(results, cut=True)
     old = [record for file in sorted(out.glob("results.*.jsonl")) for record in finished(file)]

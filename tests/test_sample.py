@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 
 import numpy as np
@@ -226,6 +227,11 @@ def test_a_result_belongs_to_its_instruction_and_images(checkpoint, tmp_path):
         with pytest.raises(InputError, match="holds a result of this line for another instruction or other images"):
             call(sample, *command)
     file.write_text("".join(rows))
+    copy = shutil.copy(checkpoint, tmp_path / "other.pt")
+    call(sample, "--ckpt", copy, *command[2:-1], tmp_path / "other")
+    os.utime(copy, (1, 1))                                 # trained on, under the same name
+    with pytest.raises(InputError, match="holds results of"):
+        call(sample, "--ckpt", copy, *command[2:-1], tmp_path / "other")
     Image.new("RGB", (16, 16)).save(tmp_path / "pairs/00001_source.png")       # another picture under the same name
     with pytest.raises(InputError, match="pairs.jsonl:2: .*other images"):
         call(sample, *command)

@@ -103,7 +103,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path)
     assert done.returncode == 1 and "the first loss is not finite, before a weight was changed" in done.stderr.splitlines()[-1]
     assert (tmp_path / "last.pt").read_bytes() == before
     with pytest.raises(InputError, match="not finite near step 2; .* Try a lower --lr"):
-        call(train, *flags[:-2], "--lr", 1e30, "--warmup", 0, "--out", tmp_path / "fast")
+        call(train, *flags[:-2], "--eval-steps", 1, "--lr", 1e30, "--warmup", 0, "--out", tmp_path / "fast")
 
 
 def test_the_result_holds_what_it_should(tmp_path):
@@ -176,7 +176,7 @@ def test_signals_save_and_a_longer_run_goes_on(tmp_path, capsys):
 
 
 def test_checkpoints_that_stay_and_more_steps(tmp_path, capsys):
-    start = [*SMALL, "--save-every", 3, "--keep-every", 2, "--warmup", 1, "--out", tmp_path]
+    start = [*SMALL, "--eval-steps", 1, "--save-every", 3, "--keep-every", 2, "--warmup", 1, "--out", tmp_path]
     call(train, *start, "--steps", 4)
     kept = {step: weights(tmp_path / f"step_{step:06d}.pt") for step in (2, 4)}
     assert [state["step"] for state in kept.values()] == [2, 4] and not (tmp_path / "step_000003.pt").exists()
@@ -200,7 +200,7 @@ def pairs_of_two(folder, images=("a", "b", "b")):
 
 def test_a_run_is_not_resumed_on_other_data(tmp_path):
     pairs = pairs_of_two(tmp_path)
-    start = [*SMALL, "--data", pairs, "--size", 16, "--steps", 1, "--out", tmp_path / "run"]
+    start = [*SMALL, "--eval-steps", 1, "--data", pairs, "--size", 16, "--steps", 1, "--out", tmp_path / "run"]
     call(train, *start)
     call(train, *start, "--resume")
     rows = pairs.read_text()
@@ -218,7 +218,7 @@ def test_bad_rows_are_left_out_only_as_far_as_the_flag_says(tmp_path, capsys):
     pairs = pairs_of_two(tmp_path, ("a", "broken", "b"))
     (tmp_path / "broken.png").write_text("no picture")
     pairs.write_text(pairs.read_text() + "{no row\n")
-    start = [*SMALL, "--data", pairs, "--size", 16, "--steps", 2, "--log-every", 1]
+    start = [*SMALL, "--eval-steps", 1, "--data", pairs, "--size", 16, "--steps", 2, "--log-every", 1]
     with pytest.raises(InputError, match="pairs.jsonl:4: not JSON"):
         call(train, *start, "--out", tmp_path / "none")
     with pytest.raises(InputError, match="pairs.jsonl:2: .*broken.png: not an image .*; 1 bad rows were skipped before"):
@@ -255,7 +255,7 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path):
 
 
 def test_space_for_checkpoints_is_looked_at_before_the_first_step(tmp_path, monkeypatch):
-    call(train, *SMALL, "--steps", 1, "--out", tmp_path / "run")
+    call(train, *SMALL, "--eval-steps", 1, "--steps", 1, "--out", tmp_path / "run")
     two = 2 * (tmp_path / "run/last.pt").stat().st_size
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": two // 2}))
     with pytest.raises(InputError, match=f"0.00 GB are free there; two checkpoints, .* need {two / 1e9:.2f} GB"):
