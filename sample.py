@@ -16,6 +16,7 @@ import os
 import textwrap
 import time
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,10 +32,10 @@ from common.files import InputError, append, finished, make_folder, read_bytes, 
 from common.images import open_image, save_image, sheet
 from common.rows import BadRows, below, checksum, output_path, read_rows
 from data import Words, fit, make_condition, make_prompt, to_array, to_tensor
-from model import Config, Transformer
+from model import Transformer
 from pretrained.omnigen import BPE, load_omnigen, omnigen_folder, prepare
 from pretrained.vae import VAE, load_vae
-from scale.checkpoints import read_checkpoint
+from scale.checkpoints import config_of, read_checkpoint
 from toy.oracle import judge
 from toy.world import WORLDS, World
 
@@ -149,16 +150,10 @@ def load_checkpoint(path, device="cpu"):
         flags = state["flags"]
         data, size = flags["data"], flags["size"]
         tokenizer = Words(state["words"])
-        cfg = Config(**{**state["config"], "vocab": len(tokenizer)})
-        for key, usual in vars(Config()).items():
-            value = getattr(cfg, key)
-            if type(value) not in (type(usual), int) or (usual is None) != (value is None):
-                raise TypeError(f"{key} is {value!r}")
-        if cfg.layers > len(state["model"]):
-            raise ValueError(f"{cfg.layers} layers, but {len(state['model'])} weights")
+        cfg = replace(config_of(state), vocab=len(tokenizer))
         model = Transformer(cfg).init_weights()
         world = WORLDS.get(data)
-    except Exception as error:            # whatever broken sizes lead to
+    except Exception as error:            # whatever odd sizes lead to
         raise InputError(f"{path}: it describes no model of this program ({error})") from None
     fill(model, state, path)
     return Editor(model.to(device).eval(), tokenizer, None, size, world), flags

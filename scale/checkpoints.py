@@ -8,6 +8,7 @@ import torch
 
 from common.devices import check_finite, is_first
 from common.files import InputError, writing
+from model import Config
 from scale.sharding import own_part, whole
 
 MAY_CHANGE = {"out", "resume", "preset", "eval_examples", "eval_steps", "text_scale", "image_scale",
@@ -34,6 +35,18 @@ def read_checkpoint(path):
                 raise InputError(f"{path}: {name} is not a tensor but a {type(value).__name__}")
             check_finite(f"{path}: {name}", value)
     return state
+
+
+def config_of(state):
+    """The Config of a checkpoint of a small model; TypeError or ValueError if no model can have it."""
+    cfg = Config(**state["config"])
+    for key, usual in vars(Config()).items():
+        value = getattr(cfg, key)
+        if type(value) not in (type(usual), int) or (usual is None) != (value is None):
+            raise TypeError(f"{key} is {value!r}")
+    if cfg.layers > len(state["model"]):
+        raise ValueError(f"{cfg.layers} layers")
+    return cfg
 
 
 def save_checkpoint(path, model, mask_tokens, average, optimizers, **more):
