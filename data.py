@@ -303,9 +303,12 @@ def training_prompt(tokenizer, sample, rng, p_drop, p_plan, p_masked_source):
     return make_prompt(tokenizer, instruction, len(images), sample.plan if plan < p_plan else ()), images
 
 
-def make_batch(dataset, indices, tokenizer, patch, seed, p_drop, p_plan, p_masked_source):
-    """The samples of these indices, targets of one size -> Batch. Depends on (seed, index) alone."""
-    targets, sources, edit, seeds, prompts, images = [], [], [], [], [], []
+def make_batch(dataset, indices, tokenizer, patch, seed, p_drop, p_plan, p_masked_source, max_gap=0):
+    """The samples of these indices, targets of one size -> Batch. Depends on (seed, index) alone.
+
+    max_gap: the target stands 0 to max_gap positions behind its prompt, as if prompts had many lengths. Else
+    a model of short prompts learns the distance by heart, and longer ones (pause tokens) ruin its copying."""
+    targets, sources, edit, seeds, prompts, images, gaps = [], [], [], [], [], [], []
     for index in indices:
         sample = dataset.sample(index)
         rng = random.Random(f"batch/{seed}/{index}")
@@ -313,12 +316,14 @@ def make_batch(dataset, indices, tokenizer, patch, seed, p_drop, p_plan, p_maske
         prompt, own = training_prompt(tokenizer, sample, rng, p_drop, p_plan, p_masked_source)
         prompts.append(prompt)
         images.append(own)
+        gaps.append(rng.randint(0, max_gap))
         # without the images that p_drop took away it is text-to-image, as in OmniGen
         comparable = bool(own) and sample.images[0].shape == sample.target.shape
         edit.append(comparable)
         targets.append(to_tensor(sample.target))
         sources.append(to_tensor(sample.images[0]) if comparable else targets[-1])
     condition = make_condition(tokenizer, prompts, images, patch)
+    condition.gap = torch.tensor(gaps)                                              # (B,)
     return Batch(torch.stack(targets), condition, torch.stack(sources), torch.tensor(edit), seeds)
 
 
@@ -347,7 +352,7 @@ class MicroBatches(torch.utils.data.Dataset):
         flags = self.flags
         try:
             batch = make_batch(self.dataset, indices, self.tokenizer, P, flags.seed, flags.p_drop,
-                               flags.p_plan, flags.p_masked_source)
+                               flags.p_plan, flags.p_masked_source, flags.max_gap)
         except InputError as error:
             if torch.utils.data.get_worker_info() is None:
                 raise

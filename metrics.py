@@ -17,7 +17,7 @@ import numpy as np
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common.charts import line_charts
+from common.charts import line_charts, markdown, mean_or_none
 from common.cli import COUNT, FINITE, GUIDANCE, NONE_OR_MORE, add_command, parser, run_script, two_times
 from common.devices import processes
 from common.files import InputError, finished, make_folder, write_json, write_jsonl, write_text
@@ -209,19 +209,6 @@ def edit_metrics(row, folder, clip, tokenizer, dino, against, device):
 
 def cosine(a, b):
     return F.cosine_similarity(a, b, dim=0).item()
-
-
-def mean_or_none(values):
-    """Mean of what is defined, or None."""
-    values = [value for value in values if value is not None]
-    return sum(values) / len(values) if values else None
-
-
-def markdown(header, lines):
-    def shown(cell):
-        return "-" if cell is None else f"{cell:.4f}" if isinstance(cell, float) else str(cell)
-    table = [header, ["---"] * len(header), *([shown(cell) for cell in line] for line in lines)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in table)
 
 
 def score(flags):

@@ -50,6 +50,7 @@ class Config:
     time_scale: float = 1.0               # t is multiplied by this before its features
     qk_norm: bool = False                 # toy only: LayerNorm of queries and keys
     prediction: str = "velocity"          # what the output means: velocity, noise or x (magd.py)
+    jump: float = 1.0                     # toy only: time of the last sampling step (sample.euler)
 
 
 @dataclass
@@ -61,13 +62,17 @@ class Condition:
     ids: torch.Tensor                     # (B, L) int64; anything at padding and image slots
     kind: torch.Tensor            # (B, L) int64 on the CPU: PADDING, TEXT, or k for the k-th image of the row
     images: list               # of (n, C, h, w): all images in reading order, neighbours of one shape stacked
+    gap: torch.Tensor | int = 0           # (B,) RoPE positions left free before the time token and the target
 
     def to(self, device):
-        images = [stack.to(device, non_blocking=True) for stack in self.images]
-        return Condition(self.ids.to(device, non_blocking=True), self.kind, images)
+        return self.moved(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self):                 # called by a DataLoader that is asked for pinned memory
-        return Condition(self.ids.pin_memory(), self.kind, [stack.pin_memory() for stack in self.images])
+        return self.moved(torch.Tensor.pin_memory)
+
+    def moved(self, move):
+        gap = move(self.gap) if torch.is_tensor(self.gap) else self.gap
+        return Condition(move(self.ids), self.kind, [move(stack) for stack in self.images], gap)
 
 
 class Cache(NamedTuple):
@@ -349,7 +354,7 @@ class Transformer(nn.Module):
         x = x.flatten(0, 1).index_copy(0, slots, embedded.to(x.dtype)).view_as(x)   # (B, L, D)
 
         real = condition.kind.to(device, non_blocking=True) != PADDING              # (B, L)
-        length = real.sum(dim=1)                                                    # (B,)
+        length = real.sum(dim=1) + condition.gap                                    # (B,)
         long = length + 1 + N > self.cfg.original_positions                         # (B,)
         rope = self.rope((real.cumsum(dim=1) - 1).clamp(min=0), long)
         return x, rope, length[:, None] + torch.arange(1 + N, device=device), long

@@ -53,13 +53,13 @@ from toy.world import WORLDS
 
 PRESETS = {                               # what a preset sets; all else has the defaults below
     "toy": dict(data="shapes", size=16, patch=4, width=96, layers=8, heads=6, mlp=192, batch=64, steps=1400,
-                lr=6e-3, muon_lr=0.03, t_mean=-0.8),
+                lr=6e-3, muon_lr=0.03, t_mean=-0.8, max_gap=32, jump=0.7, eval_steps=10),
     # for experiments: many runs of some minutes
     "small": dict(data="simple", size=16, patch=4, width=128, layers=3, heads=4, mlp=256, batch=64,
-                  steps=1000, lr=6e-3, muon_lr=0.03, t_mean=-0.4, eval_steps=10),
+                  steps=1000, lr=6e-3, muon_lr=0.03, t_mean=-0.4, max_gap=32, eval_steps=10),
     "shapes64": dict(data="shapes64", size=64, patch=4, width=384, layers=8, heads=6, mlp=1024, batch=256,
                      steps=10000, lr=1e-3, muon_lr=0.01, warmup=200, ema=0.999, p_plan=0.5,
-                     p_masked_source=0.5),
+                     p_masked_source=0.5, max_gap=32),
     # the paper's run (Table 8); the sizes come from OmniGen's config.json
     "omnigen": dict(size=1024, batch=128, micro_batch=1, steps=3200, lr=1e-4, muon_lr=0.0, warmup=800,
                     ema=0.0, edit_weight=True, p_plan=0.5, p_masked_source=0.5, checkpointing=None,
@@ -100,6 +100,7 @@ def flag_parser():
     flag("--p-drop", type=SHARE, default=0.1, help="chance that a prompt is emptied")
     flag("--p-plan", type=SHARE, default=0.0, help="chance that a prompt carries its expressive plan")
     flag("--p-masked-source", type=SHARE, default=0.0, help="chance of the masked source as one more image")
+    flag("--max-gap", type=NONE_OR_MORE, default=0, help="most positions a target is moved by, at random")
     flag("--p-edit", type=SHARE, default=0.5, help="OmniGen: share of edits; the rest is text-to-image")
     flag("--pause-token", default="<|placeholder1|>", help="OmniGen: a word of its tokenizer.json")
     # optimisation
@@ -115,6 +116,7 @@ def flag_parser():
     # evaluation
     flag("--eval-examples", type=NONE_OR_MORE, default=512, help="of each held-out set, at the end")
     flag("--eval-steps", type=COUNT, default=20, help="Euler steps")
+    flag("--jump", type=SHARE, default=1.0, help="time of the last Euler step, from scratch")
     flag("--text-scale", type=GUIDANCE, default=1.0)
     flag("--image-scale", type=GUIDANCE, default=1.0)
     # system
@@ -159,8 +161,8 @@ def check_omnigen_flags(p, flags):
     for name in ("patch", "width", "layers", "heads", "mlp", "muon_lr"):
         if getattr(flags, name):
             p.error(f"--{name.replace('_', '-')} is for models trained from scratch, not for OmniGen-v1")
-    if flags.prediction != "velocity":
-        p.error("OmniGen-v1 predicts the velocity; --prediction is for models trained from scratch")
+    if flags.prediction != "velocity" or flags.jump < 1:
+        p.error("--prediction and --jump are for models trained from scratch, not for OmniGen-v1")
 
 
 # ------------------------------------------------------------------------------------------- set-up
@@ -183,7 +185,8 @@ def set_up_from_scratch(flags, world, device, resumed, bad):
     grid = flags.size // flags.patch
     # positions run from 0 to 64 whatever the image size; times run to 1000, as in DiT
     cfg = Config(len(tokenizer), flags.width, flags.layers, flags.heads, flags.mlp, 3, flags.patch, grid,
-                 grid_step=64 / grid, time_scale=1000.0, qk_norm=True, prediction=flags.prediction)
+                 grid_step=64 / grid, time_scale=1000.0, qk_norm=True, prediction=flags.prediction,
+                 jump=flags.jump)
     model = Transformer(cfg).init_weights().to(device)
     if flags.init and not resumed:
         start_from(model, tokenizer, flags.init)
@@ -221,7 +224,8 @@ def start_from(model, tokenizer, path):
     """Fill a fresh model with a checkpoint's weights (averaged, if it has averages), not its mask tokens."""
     other, _ = load_checkpoint(path)
     differ = [f"{key} {value} instead of {getattr(model.cfg, key)}"
-              for key, value in asdict(other.model.cfg).items() if value != getattr(model.cfg, key)]
+              for key, value in asdict(other.model.cfg).items()
+              if value != getattr(model.cfg, key) and key != "jump"]
     if other.tokenizer.words != tokenizer.words:
         differ.append("a vocabulary of other words")
     if differ:

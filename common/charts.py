@@ -1,7 +1,21 @@
-"""Line charts with matplotlib, where it is installed."""
+"""Tables, and line charts where matplotlib is installed."""
 import math
 
 from common.files import InputError, optional, writing
+
+
+def mean_or_none(values):
+    """Mean of what is defined, or None."""
+    values = [value for value in values if value is not None]
+    return sum(values) / len(values) if values else None
+
+
+def markdown(header, lines):
+    """A table: numbers with four digits, - for None."""
+    def shown(cell):
+        return "-" if cell is None else f"{cell:.4f}" if isinstance(cell, float) else str(cell)
+    table = [header, ["---"] * len(header), *([shown(cell) for cell in line] for line in lines)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in table)
 
 
 def line_charts(panels, path):

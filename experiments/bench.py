@@ -11,12 +11,12 @@ import time
 
 import torch
 
+from common.charts import markdown
 from common.cli import COUNT, parser, run_script
 from common.devices import autocast, compile_blocks, fast_bf16
 from common.files import write_json
 from common.muon import Muon
 from magd import Draws, draw, magd_loss
-from metrics import markdown
 from model import PADDING, TEXT, Condition, Config, Transformer
 from pretrained.vae import VAE
 from sample import euler

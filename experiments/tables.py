@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from common.charts import markdown
 from common.files import InputError, optional, read_json, rows_of, write_jsonl, writing
-from metrics import markdown
 
 KINDS = ("result", "toy", "pauses")       # the files of a run: by train.py, metrics.py toy, study.py pauses
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")       # the colour-blind can tell them apart

@@ -100,6 +100,14 @@ def test_a_batch_does_not_depend_on_who_else_is_in_it():
     assert half.source.equal(whole.source[1::2])
 
 
+def test_gaps_are_even_and_change_nothing_else():
+    dataset, words = Shapes("shapes"), Words(world_words())
+    none, some = (make_batch(dataset, range(400), words, 4, 0, 0.1, 0.5, 0.5, max_gap) for max_gap in (0, 3))
+    assert not none.condition.gap.any()
+    assert all(70 < n < 130 for n in some.condition.gap.bincount().tolist()) and some.condition.gap.max() == 3
+    assert some.seeds == none.seeds and some.condition.ids.equal(none.condition.ids) and some.x1.equal(none.x1)
+
+
 # ------------------------------------------------------------------------------------------- files
 
 def png(path, size=(8, 6), mode="RGB", color=None):

@@ -143,6 +143,17 @@ def test_encoding_once_equals_encoding_at_every_step():
         x = x + v / 5
 
 
+def test_a_gap_moves_the_target_as_so_many_positions_and_no_gap_moves_nothing():
+    model, c, x, t = tiny_model(), condition(["tt1111ttt", "tt"]), torch.randn(2, 3, 8, 8), torch.tensor([0.2, 0.8])
+    assert model(x, t, replace(c, gap=torch.zeros(2, dtype=torch.long))).equal(model(x, t, c))
+    moved = replace(c, gap=torch.tensor([0, 5]))
+    assert model.embed_condition(moved, 4)[2].tolist() == [[9, 10, 11, 12, 13], [7, 8, 9, 10, 11]]       # 9 tokens, 2 + 5
+    out = model(x, t, moved)
+    assert out[0].equal(model(x, t, c)[0]) and not torch.allclose(out[1], model(x, t, c)[1], atol=1e-4)
+    torch.testing.assert_close(model.denoise(x, t, model.encode(moved, 4)), out, atol=1e-6, rtol=1e-6)
+    assert moved.to("meta").gap.device.type == "meta"
+
+
 def test_padding_content_does_not_matter():
     model, c, x, t = tiny_model(), condition(["tt1111ttt", "tt"]), torch.randn(2, 3, 8, 8), torch.tensor([0.2, 0.8])
     other = replace(c, ids=torch.where(c.kind == PADDING, 7, c.ids))

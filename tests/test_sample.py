@@ -25,6 +25,15 @@ def test_euler_is_exact_on_a_straight_path():
     assert times == [0, 0.25, 0.5, 0.75]
 
 
+def test_the_last_step_of_a_toy_is_longer():
+    x0, x1 = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    for steps in (1, 2, 5):
+        torch.testing.assert_close(euler(lambda x, t: x1 - x0, x0, steps, jump=0.6), x1)
+    times = []
+    euler(lambda x, t: times.append(t) or x, x0, 4, jump=0.6)
+    assert times == pytest.approx([0, 0.2, 0.4, 0.6])
+
+
 def setup(B=2):
     words = Words(world_words())
     samples = [Shapes("shapes").sample(k) for k in range(B)]
