@@ -116,7 +116,7 @@ def flag_parser():
     # evaluation
     flag("--eval-examples", type=NONE_OR_MORE, default=512, help="of each held-out set, at the end")
     flag("--eval-steps", type=COUNT, default=20, help="Euler steps")
-    flag("--jump", type=SHARE, default=1.0, help="time of the last Euler step, from scratch")
+    flag("--jump", type=SHARE, default=1.0, help="time of the last sampling step; 1: equal steps")
     flag("--text-scale", type=GUIDANCE, default=1.0)
     flag("--image-scale", type=GUIDANCE, default=1.0)
     # system
