@@ -57,7 +57,7 @@ def read_rows(path, targets=True, bad=None):
 
 def check_row(row, folder):
     """-> the row with its paths below `folder`, or InputError."""
-    row = {**row, "input_images": row.get("input_images") or []}
+    row = {**row, "input_images": [] if row.get("input_images") is None else row["input_images"]}
     for key in ("instruction", "output_image"):
         if key not in row:
             raise InputError(f"the key {key!r} is missing; there are {sorted(row)}")

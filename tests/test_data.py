@@ -197,6 +197,8 @@ def test_bad_images_are_named(tmp_path):
     ('{"instruction": "x", "input_images": [3], "output_image": "a.png"}', "list of strings"),
     ('{"instruction": "<|image_2|>", "input_images": ["a.png"], "output_image": "a.png"}', "names images"),
     ('{"instruction": "x", "input_images": "a.png", "output_image": "a.png"}', "input_images should be a list"),
+    ('{"instruction": "x", "input_images": "", "output_image": "a.png"}', "input_images should be a list"),
+    ('{"instruction": "x", "input_images": false, "output_image": "a.png"}', "input_images should be a list"),
     ('{"instruction": "x", "input_images": [""], "output_image": "a.png"}', "the path of an image is empty"),
     ('{"instruction": "x", "output_image": ""}', "the path of an image is empty"),
     ('{"instruction": "x", "output_image": "a.png", "mask": ""}', "the path of an image is empty"),
