@@ -101,6 +101,7 @@ def flag_parser():
     flag("--p-plan", type=SHARE, default=0.0, help="chance that a prompt carries its expressive plan")
     flag("--p-masked-source", type=SHARE, default=0.0, help="chance of the masked source as one more image")
     flag("--max-gap", type=NONE_OR_MORE, default=0, help="most positions a target is moved by, at random")
+    flag("--max-pauses", type=NONE_OR_MORE, default=0, help="most pause tokens after a prompt, at random")
     flag("--p-edit", type=SHARE, default=0.5, help="OmniGen: share of edits; the rest is text-to-image")
     flag("--pause-token", default="<|placeholder1|>", help="OmniGen: a word of its tokenizer.json")
     # optimisation
