@@ -4,7 +4,7 @@
     python train.py --preset shapes64                a larger toy, for a GPU
     python train.py --data pairs.jsonl --size 32     your own image pairs, in pixels
     torchrun --nproc-per-node 4 train.py ...         the same on several GPUs
-    python train.py --preset small --data hard --init out/small/last.pt --out out/hard
+    python train.py --data hard --init out/toy/last.pt --out out/hard
                                                      continue from a checkpoint, on other data
     torchrun --nproc-per-node 8 train.py --preset omnigen --init omnigen:OmniGen-v1 --data pairs.jsonl
                                                      fine-tune OmniGen-v1, the paper's run
@@ -54,9 +54,6 @@ from toy.world import WORLDS
 PRESETS = {                               # what a preset sets; all else has the defaults below
     "toy": dict(data="shapes", size=16, patch=4, width=96, layers=8, heads=6, mlp=192, batch=64, steps=1400,
                 lr=6e-3, muon_lr=0.03, t_mean=-0.8, max_gap=32, jump=0.7, eval_steps=10),
-    # for experiments: many runs of some minutes
-    "small": dict(data="simple", size=16, patch=4, width=128, layers=3, heads=4, mlp=256, batch=64,
-                  steps=1000, lr=6e-3, muon_lr=0.03, t_mean=-0.4, max_gap=32, eval_steps=10),
     "shapes64": dict(data="shapes64", size=64, patch=4, width=384, layers=8, heads=6, mlp=1024, batch=256,
                      steps=10000, lr=1e-3, muon_lr=0.01, warmup=200, ema=0.999, p_plan=0.5,
                      p_masked_source=0.5, max_gap=32),
