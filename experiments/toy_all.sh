@@ -81,7 +81,7 @@ END
     printf 'measure %s - distance\n' toy one-distance seen-pauses | each_seed
 }
 base() {                                   # captions and single edits, from scratch
-    arms --data simple --steps 2800 --p-magd 0 --keep-every 400 <<< "base -"
+    arms --data simple --steps 5600 --p-magd 0 --keep-every 800 <<< "base -"
     each_seed <<< "measure base - curve"
 }
 masks() {                                  # Tables 2, 6 and 7: how much is masked, when, how often, with what
