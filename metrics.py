@@ -20,8 +20,9 @@ from tqdm import tqdm
 from common.charts import line_charts, markdown, mean_or_none
 from common.cli import COUNT, FINITE, GUIDANCE, NONE_OR_MORE, add_command, parser, run_script, two_times
 from common.devices import processes
-from common.files import InputError, finished, make_folder, write_json, write_jsonl, write_text
+from common.files import InputError, make_folder, write_json, write_jsonl, write_text
 from common.images import open_image
+from common.results import read_results
 from data import Shapes, make_prompt, to_array, to_tensor
 from pretrained.encoders import clip_pixels, dino_pixels, direction, direction_pixels, load_clip, load_dino
 from sample import best, generate, load_checkpoint, noise
@@ -132,26 +133,6 @@ def reference_scores(world, rows):
 
 
 # ------------------------------------------------------------------------------------------- real edits
-
-def read_results(folder, scored=True):
-    """The lines that sample.py --data wrote (scored: that `score` wrote, if it ran), in a fixed order."""
-    def read(file):
-        for number, row in enumerate(finished(file), 1):
-            if not {"id", "pauses", "seed"} <= set(row):
-                raise InputError(f"{file}:{number}: no id, pauses and seed: not a line of sample.py --data")
-            yield row
-    rows = [row for file in sorted(Path(folder).glob("results*.jsonl")) for row in read(file)]
-    scores = Path(folder) / "scores.jsonl"
-    if scored and scores.exists():
-        edits = len(rows)
-        rows = list(read(scores))
-        if edits not in (0, len(rows)):
-            raise InputError(f"{scores}: scores of {len(rows)} edits, but there are {edits}; run "
-                             f"`metrics.py score {folder}` again")
-    if not rows:
-        raise InputError(f"{folder}: no results there; sample.py --data FILE.jsonl --out {folder} makes them")
-    return sorted(rows, key=lambda row: (str(row["id"]), row["pauses"], row["seed"]))
-
 
 def distance(image, reference):
     """L1 and L2 of two Images in [0, 1]; the first is resized to the second."""

@@ -10,13 +10,12 @@ number of pause tokens and each seed. On the toy the oracle selects one; without
 taken. Writes the chosen image, a contact sheet of all candidates, and a JSON line for each.
 """
 import itertools
-import json
 import math
 import os
 import textwrap
 import time
-import zlib
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,9 +27,9 @@ import magd
 from common.cli import (COUNT, GUIDANCE, NONE_OR_MORE, SHARE, numbers, parser, run_script, two_times,
                         utf8_text, width_and_height)
 from common.devices import autocast, compile_blocks, is_first, processes
-from common.files import InputError, append, finished, make_folder, read_bytes, relative, write_jsonl
+from common.files import InputError, write_jsonl
 from common.images import open_image, save_image, sheet
-from common.rows import BadRows, below, checksum, output_path, read_rows
+from common.results import edit_file
 from data import Words, fit, make_condition, make_prompt, to_array, to_tensor
 from model import Transformer
 from pretrained.omnigen import BPE, load_omnigen, omnigen_folder, prepare
@@ -256,12 +255,7 @@ def preview(editor, dataset, path, flags, device, n=8):
 
 # ------------------------------------------------------------------------------------------- a file
 
-def inputs_of(row):
-    """A checksum of what a result depends on: the row's instruction and its images."""
-    return checksum(row["instruction"], [zlib.crc32(read_bytes(name)) for name in row["input_images"]])
-
-
-def edit_row(editor, flags, row, pauses, seed, device):
+def edit_row(editor, flags, device, row, pauses, seed):
     """Edit one row -> output (h, w, 3) uint8, its scores where an oracle can judge it."""
     sources = [open_source(path, editor.size) for path in row["input_images"]]
     output = edit(editor, flags, sources, row["instruction"], pauses, seed, device, progress=False)
@@ -271,75 +265,6 @@ def edit_row(editor, flags, row, pauses, seed, device):
         if sources:
             scores["identity"] = judge(editor.world, sources[0], row["instruction"], sources[0])
     return output, scores
-
-
-def make_record(out, number, row, pauses, seed, path, scores):
-    """The line of a result: the row's own keys, paths relative to `out`, scores."""
-    paths = {"source": row["input_images"][0] if row["input_images"] else None, "target": row["output_image"],
-             "output": path}
-    dropped = ("input_images", "output_image", "mask", "id", "save_as", "save_also")
-    return {**{key: value for key, value in row.items() if key not in dropped},
-            "id": number, "item": row.get("id"), "inputs": inputs_of(row), "pauses": pauses, "seed": seed,
-            **scores, **{key: value and relative(value, out) for key, value in paths.items()}}
-
-
-SETTINGS = ("ckpt", "init", "steps", "text_scale", "image_scale", "guidance_interval", "negative_prompt",
-            "pause_token", "size")
-
-
-def edit_file(editor, flags, rank, world, device):
-    """Edit every row of a JSONL file, one candidate for each number of pauses and each seed; a line of
-    results.RANK.jsonl each. Continues where a killed run stopped. Under torchrun the processes share the
-    rows."""
-    out = make_folder(flags.out)
-    bad = BadRows(flags.skip_bad)
-    rows = dict(read_rows(flags.data, targets=False, bad=bad))         # {line: row}
-    taken = {}
-    paths = {}                            # where each output goes, known before the first edit
-    for number, row in rows.items():
-        for pauses, seed in itertools.product(flags.pauses, flags.seeds):
-            try:
-                paths[number, pauses, seed] = output_path(out, number, row, pauses, seed, taken)
-            except InputError as error:
-                raise InputError(f"{flags.data}:{number}: {error}") from None
-
-    settings = {key: getattr(flags, key) for key in SETTINGS}
-    weights = flags.ckpt or omnigen_folder(flags.init) / "config.json"     # written whenever the weights are
-    settings = json.loads(json.dumps({**settings, "data": str(Path(flags.data).resolve()),
-                                      "weights_written": os.path.getmtime(weights)}))
-    results = out / f"results.{rank}.jsonl"
-    finished(results, cut=True)
-    old = [record for file in sorted(out.glob("results.*.jsonl")) for record in finished(file)]
-    for record in old:
-        if record.get("settings") != settings:
-            raise InputError(f"--out {out}: it holds results of {record.get('settings')}, not of {settings}")
-    for number, inputs in {record["id"]: record.get("inputs") for record in old}.items():
-        if number not in rows or inputs != inputs_of(rows[number]):
-            raise InputError(f"{flags.data}:{number}: --out {out} holds a result of this line for another "
-                             f"instruction or other images; take another --out")
-    done = {(record["id"], record["pauses"], record["seed"]) for record in old}
-    todo = [key for key in paths if key[0] % world == rank and key not in done]
-    new = 0
-    broken = set()                        # lines
-    for number, pauses, seed in tqdm(todo, desc="edits", disable=rank > 0):
-        if number in broken:
-            continue
-        try:
-            output, scores = edit_row(editor, flags, rows[number], pauses, seed, device)
-        except InputError as error:
-            bad.skip(InputError(f"{flags.data}:{number}: {error}"))
-            broken.add(number)
-            continue
-        row = rows[number]
-        path = paths[number, pauses, seed]
-        save_image(output, path)
-        for name, record in (row.get("save_also") or {}).items():
-            write_jsonl(below(out, name, pauses, seed), [record])
-        record = make_record(out, number, row, pauses, seed, path, scores)
-        append(results, {**record, "settings": settings})
-        new += 1
-    skipped = f"; {bad.skipped} bad rows skipped" if bad.skipped else ""
-    print(f"{out}: {new} new edits, {len(paths)} in all{skipped}" + f" (process {rank})" * (world > 1))
 
 
 # ------------------------------------------------------------------------------------------- one prompt
@@ -440,7 +365,8 @@ def main():
             raise InputError(f"--out {out}: a .png or .jpg file in a folder that can be written is needed")
     editor = load_editor(flags, device)
     if flags.data:
-        edit_file(editor, flags, rank, world, device)
+        weights = flags.ckpt or omnigen_folder(flags.init) / "config.json"
+        edit_file(flags, weights, partial(edit_row, editor, flags, device), rank, world)
     else:
         edit_prompt(editor, flags, device)
 

@@ -11,6 +11,7 @@ from PIL import Image
 import data
 import sample
 from common.files import InputError, finished
+from common.rows import below
 from data import Shapes, Words, make_condition, world_words
 from tools import pairs
 from sample import euler, generate, noise, select
@@ -281,7 +282,7 @@ def test_bad_rows_of_a_file_are_left_out_and_named(checkpoint, tmp_path, capsys)
 
 
 def test_a_row_says_where_its_output_goes(tmp_path):
-    assert sample.below(tmp_path, "pauses{pauses}/a{{b/{seed:04d}.png", 8, 3) == tmp_path / "pauses8/a{b/0003.png"
+    assert below(tmp_path, "pauses{pauses}/a{{b/{seed:04d}.png", 8, 3) == tmp_path / "pauses8/a{b/0003.png"
     for name, message in (("../{seed}.png", "leads out of the folder"), ("{turn}.png", "not a path"), ("a{.png", "not a path")):
         with pytest.raises(InputError, match=message):
-            sample.below(tmp_path, name, 8, 3)
+            below(tmp_path, name, 8, 3)
