@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from common.charts import line_charts, markdown, mean_or_none
-from common.cli import COUNT, FINITE, GUIDANCE, NONE_OR_MORE, add_command, parser, run_script, two_times
+from common.cli import (COUNT, FINITE, GUIDANCE, NONE_OR_MORE, add_command, add_device, parser, run_script,
+                        two_times)
 from common.devices import processes
 from common.files import InputError, make_folder, write_json, write_jsonl, write_text
 from common.images import open_image
@@ -93,7 +94,7 @@ def toy_model(path, device="cpu"):
 
 def toy(flags):
     """Scores of a toy model by task on both held-out sets, then those of the source and the target."""
-    device = processes()[2]
+    device = processes(flags.device)[2]
     model, tokenizer, trained = toy_model(flags.ckpt, device)
     world = flags.data or trained["data"]
     if WORLDS[world].size != trained["size"]:
@@ -194,7 +195,7 @@ def cosine(a, b):
 
 def score(flags):
     """CLIP-I, DINO, CLIP-T, CLIP-Dir, L1, L2 and share of copies by task, beside the source's own."""
-    device = processes()[2]
+    device = processes(flags.device)[2]
     folder = Path(flags.folder)
     clip, tokenizer = load_clip(flags.clip, device)
     dino = load_dino(flags.dino, device)
@@ -393,11 +394,13 @@ def main():
     command.add_argument("--text-scale", type=GUIDANCE, default=1.0, help="guidance by the prompt; 1 = none")
     command.add_argument("--image-scale", type=GUIDANCE, default=1.0, help="guidance by the image; 1 = none")
     command.add_argument("--guidance-interval", type=two_times, default=(0.0, 1.0))
+    add_device(command)
     command.add_argument("--out", help="the scores as JSON; toy.json beside the checkpoint if not given")
     command = add_command(commands, score)
     command.add_argument("folder", help="made by sample.py --data")
     command.add_argument("--clip", required=True, help="folder of a CLIP of OpenAI: clip-vit-base-patch32")
     command.add_argument("--dino", required=True, help="folder dino-vits16, or dino_deitsmall16_pretrain.pth")
+    add_device(command)
     command.add_argument("--against", choices=("source", "target"), help="target if every row has one")
     command = add_command(commands, select)
     command.add_argument("folder", help="made by sample.py --data --pauses ... --seeds ..., then scored")

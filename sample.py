@@ -24,8 +24,8 @@ import torch
 from tqdm import tqdm
 
 import magd
-from common.cli import (COUNT, GUIDANCE, NONE_OR_MORE, SHARE, numbers, parser, run_script, two_times,
-                        utf8_text, width_and_height)
+from common.cli import (COUNT, GUIDANCE, NONE_OR_MORE, SHARE, add_device, numbers, parser, run_script,
+                        two_times, utf8_text, width_and_height)
 from common.devices import autocast, compile_blocks, is_first, processes
 from common.files import InputError, write_jsonl
 from common.images import open_image, save_image, sheet
@@ -341,6 +341,7 @@ def parse_flags():
     p.add_argument("--pause-token", default="<|placeholder1|>", help="OmniGen: a word of its tokenizer.json")
     p.add_argument("--compile", action="store_true", help="torch.compile: minutes at the start")
     p.add_argument("--low-memory", action="store_true", help="run the branches of guidance one by one")
+    add_device(p)
     p.add_argument("--skip-bad", type=NONE_OR_MORE, default=0, help="--data: bad rows to leave out (0)")
     p.add_argument("--out", default="edit.png", help="the image; with --data a folder")
     flags = p.parse_args()
@@ -357,7 +358,7 @@ def parse_flags():
 
 def main():
     flags = parse_flags()
-    rank, world, device = processes()
+    rank, world, device = processes(flags.device)
     out = Path(flags.out)
     if not flags.data:
         writable = out.parent.is_dir() and os.access(out.parent, os.W_OK)

@@ -197,7 +197,7 @@ def held_out_scores(setup, flags, rank, world, device, say):
 
 def train(flags):
     omnigen = flags.preset == "omnigen"
-    rank, world, device = start_processes(sharded=omnigen)
+    rank, world, device = start_processes(omnigen, flags.device)
     say = print if rank == 0 else lambda *_: None
     micro = flags.micro_batch or max(1, flags.batch // world)
     accumulate = flags.batch // (world * micro)

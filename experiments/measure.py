@@ -8,6 +8,7 @@
 import itertools
 from copy import copy
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 import magd
-from common.cli import COUNT, add_command, parser, run_script
+from common.cli import COUNT, add_command, add_device, parser, run_script
 from common.devices import processes
 from common.files import InputError, write_json
 from common.images import sheet
@@ -38,7 +39,7 @@ class Toy:
     """A toy model and the held-out edits that it is measured on; `scores` is metrics.evaluate on them."""
 
     def __init__(self, flags):
-        self.device = processes()[2]
+        self.device = processes(flags.device)[2]
         self.model, self.tokenizer, trained = toy_model(flags.ckpt, self.device)
         self.dataset = Shapes(flags.data or trained["data"], "iid", trained["seed"])
         self.edits = some_edits(self.dataset, flags.examples)
@@ -158,7 +159,7 @@ def scaling(toy, flags):
     for samples, steps in tqdm(((1, 40), (2, 20), (4, 10), (8, 5)), "scaling"):
         candidates = [toy.evaluate(steps, seed=seed) for seed in range(samples)]
         chosen = {"oracle": best(candidates), "chance": candidates[0],
-                  "faithfulness": [max(own, key=lambda edit: edit["faithfulness"]) for own in zip(*candidates)],
+                  "faithfulness": [max(own, key=itemgetter("faithfulness")) for own in zip(*candidates)],
                   **by_own_loss(toy, candidates)}
         result[f"{samples} of {steps} steps"] = {rule: means_of(rows) for rule, rows in chosen.items()}
     guided = dict(text_scale=2.5, image_scale=1.5)
@@ -200,7 +201,8 @@ def main():
         command = add_command(commands, measure)
         command.add_argument("--ckpt", required=True, help="checkpoint of train.py")
         command.add_argument("--data", help="the world; that of the training if not given")
-        command.add_argument("--examples", type=COUNT, default=256, help="held-out edits (curve: of any kind)")
+        command.add_argument("--examples", type=COUNT, default=256, help="held out")
+        add_device(command)
         command.add_argument("--out", help=f"{measure.__name__}.json beside the checkpoint if not given")
     flags = p.parse_args()
     flags.out = flags.out or Path(flags.ckpt).with_name(f"{flags.run.__name__}.json")

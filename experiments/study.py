@@ -11,7 +11,8 @@ import shlex
 import textwrap
 from pathlib import Path
 
-from common.cli import COUNT, add_command, parser, run_script
+from common.cli import COUNT, add_command, add_device, parser, run_script
+from common.devices import processes
 from common.files import InputError, decode, make_folder, read_bytes, write_text
 from common.images import sheet
 from data import Shapes
@@ -22,17 +23,19 @@ from metrics import evaluate, toy_model
 
 def grid(flags):
     """A picture of the same held-out edits by several toy models: source, one row a model, target."""
+    device = processes(flags.device)[2]
     rows = []
     first = None
     for path in flags.ckpt:
-        model, tokenizer, trained = toy_model(path)
+        model, tokenizer, trained = toy_model(path, device)
         own = (trained["data"], trained["seed"])
         first = first or own
         if own != first:
             raise InputError(f"{path} was trained on {own[0]} with seed {own[1]}, the first model on "
                              f"{first[0]} with seed {first[1]}: their held-out edits differ")
         dataset = Shapes(trained["data"], "iid", trained["seed"])
-        edits = evaluate(model, tokenizer, dataset, some_edits(dataset, 8), flags.steps)
+        edits = evaluate(model, tokenizer, dataset, some_edits(dataset, 8), flags.steps,
+                         device=device)
         name = "/".join(Path(path).parts[-3:-1])
         rows.append([(e["output"], f"{name}: exact" if e["exact"] else name, e["exact"]) for e in edits])
     samples = [e["sample"] for e in edits]
@@ -65,6 +68,7 @@ def commands():
     command.add_argument("--ckpt", required=True, nargs="+", help="checkpoints of train.py")
     command.add_argument("--steps", type=COUNT, default=20, help="Euler steps")
     command.add_argument("--out", default="grid.png", help="the picture")
+    add_device(command)
     command = add_command(add, table)
     command.add_argument("rows", nargs="+", metavar="ARM", help="an arm, or ARM:REFERENCE")
     command.add_argument("--columns", nargs="+", default=["iid/all/exact", "novel/all/exact"],

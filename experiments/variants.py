@@ -156,8 +156,10 @@ VARIANTS = {
     "plan-shuffled": lambda: plan(shuffled_words),
     "plan-places": lambda: plan(places),
     "two-plain": lambda: two_passes(dict(p_magd=0.0)),
-    "mdt": lambda: two_passes(dict(p_magd=1.0, tau=0.0, r_mask=0.3)),              # a masked pass of each sample
-    "mc-dit": lambda: two_passes(dict(p_magd=1.0, tau=0.0, r_mask=0.5, corruption="mask")),   # clean to clean
+    # a masked pass of each sample
+    "mdt": lambda: two_passes(dict(p_magd=1.0, tau=0.0, r_mask=0.3)),
+    # clean patches from clean ones
+    "mc-dit": lambda: two_passes(dict(p_magd=1.0, tau=0.0, r_mask=0.5, corruption="mask")),
     "dropout": dropout,
     "registers": lambda: grow(Registers),
     "deeper": lambda: grow(Deeper),

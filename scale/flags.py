@@ -2,7 +2,8 @@
 import argparse
 
 import magd
-from common.cli import COUNT, FINITE, GUIDANCE, NONE_OR_MORE, POSITIVE, SEED, SHARE, ZERO_OR_MORE, Parser
+from common.cli import (COUNT, FINITE, GUIDANCE, NONE_OR_MORE, POSITIVE, SEED, SHARE, ZERO_OR_MORE, Parser,
+                        add_device)
 from toy.world import WORLDS
 
 
@@ -60,6 +61,7 @@ def flag_parser(presets):
     flag("--text-scale", type=GUIDANCE, default=1.0)
     flag("--image-scale", type=GUIDANCE, default=1.0)
     # system
+    add_device(p)
     flag("--bf16", action=switch, default=True, help="bf16 matrix products where the device is fast at them")
     flag("--compile", action=switch, default=False, help="torch.compile the blocks: minutes at the start")
     flag("--workers", type=NONE_OR_MORE, help="processes that make batches; if not given, 0 on a CPU, "
@@ -102,5 +104,7 @@ def check_omnigen_flags(p, flags):
     for name in ("patch", "width", "layers", "heads", "mlp", "muon_lr"):
         if getattr(flags, name):
             p.error(f"--{name.replace('_', '-')} is for models trained from scratch, not for OmniGen-v1")
+    if flags.device == "mps":
+        p.error("--device mps is for models trained from scratch; OmniGen-v1 trains on cuda, or on the cpu")
     if flags.prediction != "velocity" or flags.jump < 1:
         p.error("--prediction and --jump are for models trained from scratch, not for OmniGen-v1")

@@ -94,7 +94,7 @@ class Edit(NamedTuple):
     color: str = ""
     value: str = ""                       # the new colour, shape, background, light or style
     where: str | tuple = ""               # to add a thing: a corner, or (relation, name of another thing)
-    beside: tuple = ()                    # (relation, name of another thing): says which thing, without its name
+    beside: tuple = ()                    # (relation, name of another thing), in place of its own name
 
     @property
     def name(self):
