@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from common.charts import line_charts, markdown, mean_or_none
@@ -25,7 +24,8 @@ from common.files import InputError, make_folder, write_json, write_jsonl, write
 from common.images import open_image
 from common.results import read_results
 from data import Shapes, make_prompt, to_array, to_tensor
-from pretrained.encoders import clip_pixels, dino_pixels, direction, direction_pixels, load_clip, load_dino
+from pretrained.encoders import direction
+from pretrained.judges import cosine, load_judges
 from sample import best, generate, load_checkpoint, noise
 from toy.oracle import judge
 from toy.world import CAPTIONS, EDITS, WORLDS
@@ -142,27 +142,19 @@ def distance(image, reference):
     return float(np.abs(a - b).mean()), float(np.square(a - b).mean())
 
 
-def edit_metrics(row, folder, clip, tokenizer, dino, against, device):
+def edit_metrics(row, folder, judges, against):
     """Metrics of a row of results; those of the source in the place of the output; number of captions cut.
 
     against: what CLIP-I, DINO, L1 and L2 compare the output with, "target" (MagicBrush) or "source"
     (Emu-Edit). A metric that is not defined for a row is None: without a reference, a source or a caption,
     or where the two captions are alike."""
-    def encode(model, pixels):
-        return model.image_features(pixels[None].to(device))[0].float().cpu()       # (features,)
-    seen = {}
-    for key in {"source", "output", against}:
-        if row.get(key):
-            image = open_image(folder / row[key])
-            seen[key] = {"image": image, "clip": encode(clip, clip_pixels(image, clip.size)),
-                         "dino": encode(dino, dino_pixels(image)),
-                         "direct": encode(clip, direction_pixels(image, clip.size))}
+    images = {key: open_image(folder / row[key]) for key in {"source", "output", against} if row.get(key)}
+    seen = {key: judges.see(image) for key, image in images.items()}
     texts = {}
     cut = 0
     for key in ("source_caption", "target_caption"):
         if row.get(key):
-            ids, too_long = tokenizer([row[key]])
-            texts[key] = clip.text_features(ids.to(device))[0].float().cpu()        # (features,)
+            texts[key], too_long = judges.read(row[key])
             cut += too_long
     captions_differ = len(texts) == 2 and row["source_caption"] != row["target_caption"]
 
@@ -170,41 +162,33 @@ def edit_metrics(row, folder, clip, tokenizer, dino, against, device):
         found = dict.fromkeys(EDIT_METRICS)
         if key not in seen:
             return found
-        output = seen[key]
         if against in seen:
-            reference = seen[against]
-            found["clip_i"] = cosine(output["clip"], reference["clip"])
-            found["dino"] = cosine(output["dino"], reference["dino"])
-            found["l1"], found["l2"] = distance(output["image"], reference["image"])
+            found["clip_i"] = cosine(seen[key]["clip"], seen[against]["clip"])
+            found["dino"] = cosine(seen[key]["dino"], seen[against]["dino"])
+            found["l1"], found["l2"] = distance(images[key], images[against])
         if "target_caption" in texts:
-            found["clip_t"] = cosine(output["clip"], texts["target_caption"])
+            found["clip_t"] = cosine(seen[key]["clip"], texts["target_caption"])
         if "source" in seen:
-            source = seen["source"]
-            found["copied"] = float(distance(output["image"], source["image"])[0] < 0.01)
+            found["copied"] = float(distance(images[key], images["source"])[0] < 0.01)
             if captions_differ:
-                value = direction(source["direct"], output["direct"], texts["source_caption"],
+                value = direction(seen["source"]["direct"], seen[key]["direct"], texts["source_caption"],
                                   texts["target_caption"])
                 found["clip_dir"] = None if value.isnan() else value.item()
         return found
     return scores("output"), scores("source"), cut
 
 
-def cosine(a, b):
-    return F.cosine_similarity(a, b, dim=0).item()
-
-
 def score(flags):
     """CLIP-I, DINO, CLIP-T, CLIP-Dir, L1, L2 and share of copies by task, beside the source's own."""
     device = processes(flags.device)[2]
     folder = Path(flags.folder)
-    clip, tokenizer = load_clip(flags.clip, device)
-    dino = load_dino(flags.dino, device)
+    judges = load_judges(flags.clip, flags.dino, device)
     rows = read_results(folder, scored=False)
     against = flags.against or ("target" if all(row.get("target") for row in rows) else "source")
     done = []
     cut = 0
     for row in tqdm(rows, desc="scores"):
-        scores, identity, too_long = edit_metrics(row, folder, clip, tokenizer, dino, against, device)
+        scores, identity, too_long = edit_metrics(row, folder, judges, against)
         done.append({**row, **scores, "identity": identity})
         cut += too_long
 

@@ -6,12 +6,14 @@
 
 Euler steps along the flow, three-branch guidance with the condition encoded once per output
 (`Transformer.encode`), and the paper's inference-time scaling (Eq. 8, Sec. 6.1): one candidate for each
-number of pause tokens and each seed. On the toy the oracle selects one; without an oracle the first is
-taken. Writes the chosen image, a contact sheet of all candidates, and a JSON line for each.
+number of pause tokens and each seed. On the toy the oracle selects one, among photographs CLIP and DINO
+(--clip, --dino); without a judge the first is taken. Writes the chosen image, a contact sheet of all
+candidates, and a JSON line for each.
 """
 import itertools
 import math
 import os
+import re
 import textwrap
 import time
 from dataclasses import replace
@@ -30,8 +32,10 @@ from common.devices import autocast, compile_blocks, is_first, processes
 from common.files import InputError, write_jsonl
 from common.images import open_image, save_image, sheet
 from common.results import edit_file
+from common.rows import TAG
 from data import Words, fit, make_condition, make_prompt, to_array, to_tensor
 from model import Transformer
+from pretrained.judges import load_judges, photo_scores
 from pretrained.omnigen import BPE, load_omnigen, omnigen_folder, prepare
 from pretrained.vae import VAE, load_vae
 from scale.checkpoints import config_of, read_checkpoint
@@ -130,6 +134,22 @@ def select(scores, threshold):
     if chosen is None:
         return best(scores, "faithfulness"), False
     return chosen, True
+
+
+ADHERENCE = ("adherence", "clip_dir", "clip_t")            # whichever was measured
+FAITHFULNESS = ("faithfulness", "dino")
+
+
+def choose(records, threshold):
+    """`select` on the scores of an oracle or of CLIP and DINO. threshold None: 0.9 for the oracle, 0.91 for
+    DINO (Table 3). Without a source all are faithful; without scores: None."""
+    names = [next((key for key in keys if key in records[0]), None) for keys in (ADHERENCE, FAITHFULNESS)]
+    if names[0] is None:
+        return None
+    if threshold is None:
+        threshold = 0.91 if names[1] == "dino" else 0.9
+    return select([{"adherence": record[names[0]], "faithfulness": record.get(names[1], 1.0)}
+                   for record in records], threshold)
 
 
 # ------------------------------------------------------------------------------------------- models
@@ -255,21 +275,31 @@ def preview(editor, dataset, path, flags, device, n=8):
 
 # ------------------------------------------------------------------------------------------- a file
 
-def edit_row(editor, flags, device, row, pauses, seed):
-    """Edit one row -> output (h, w, 3) uint8, its scores where an oracle can judge it."""
+def scores_of(editor, judges, sources, instruction, output, source_caption, target_caption):
+    """What the oracle of the toy, or CLIP and DINO, say of an output -> {score: number}, perhaps none."""
+    source = sources[0] if sources else None
+    if editor.world:
+        return judge(editor.world, source, instruction, output)
+    if judges is None:
+        return {}
+    text = target_caption or re.sub(f"<img>{TAG}</img>", " ", instruction)
+    return photo_scores(judges, source, output, source_caption, text)
+
+
+def edit_row(editor, flags, device, judges, row, pauses, seed):
+    """Edit one row -> output (h, w, 3) uint8, its scores if there is a judge."""
     sources = [open_source(path, editor.size) for path in row["input_images"]]
     output = edit(editor, flags, sources, row["instruction"], pauses, seed, device, progress=False)
-    scores = {}
-    if editor.world:
-        scores = judge(editor.world, sources[0] if sources else None, row["instruction"], output)
-        if sources:
-            scores["identity"] = judge(editor.world, sources[0], row["instruction"], sources[0])
+    captions = (row.get("source_caption"), row.get("target_caption"))
+    scores = scores_of(editor, judges, sources, row["instruction"], output, *captions)
+    if editor.world and sources:
+        scores["identity"] = judge(editor.world, sources[0], row["instruction"], sources[0])
     return output, scores
 
 
 # ------------------------------------------------------------------------------------------- one prompt
 
-def edit_prompt(editor, flags, device):
+def edit_prompt(editor, flags, judges, device):
     """All candidates of one prompt: the chosen one, a sheet and a JSONL file."""
     out = Path(flags.out)
     page = out.with_name(f"{out.stem}_sheet.png")
@@ -283,21 +313,23 @@ def edit_prompt(editor, flags, device):
     for pauses, seed in itertools.product(flags.pauses, flags.seeds):
         output = edit(editor, flags, sources, flags.prompt, pauses, seed, device)
         outputs.append(output)
-        records.append({"pauses": pauses, "seed": seed})
+        scores = scores_of(editor, judges, sources, flags.prompt, output, flags.source_caption,
+                           flags.target_caption)
+        records.append({"pauses": pauses, "seed": seed, **scores})
     seconds = (time.perf_counter() - start) / flags.steps / len(records)
     height, width, _ = outputs[0].shape
     print(f"{width} x {height} pixels; {len(records)} candidates of {flags.steps} steps, {seconds:.3f} s a "
           f"step, all included")
 
-    chosen = 0
-    if editor.world:
-        for record, output in zip(records, outputs):
-            record.update(judge(editor.world, sources[0] if sources else None, flags.prompt, output))
-        chosen, passed = select(records, flags.threshold)
-        if not passed:
-            print(f"no candidate reaches faithfulness {flags.threshold}: the most faithful one is chosen")
-    elif len(records) > 1:
-        print("no oracle for this model's images: the first candidate is chosen, compare them on the sheet")
+    chosen, passed = choose(records, flags.threshold) or (0, True)
+    if not passed:
+        print("no candidate is as faithful as --threshold asks for: the most faithful one is chosen")
+    if "clip_t" in records[0]:
+        text = "target caption" if flags.target_caption else "instruction"
+        print(f"adherence is CLIP-T of the {text}; CLIP-Dir needs an image and two captions that differ")
+    elif len(records) > 1 and len(records[0]) == 2:
+        print("no judge of this model's images (--clip, --dino): the first candidate is chosen, compare them "
+              "on the sheet")
 
     cells = [(source, "source", False) for source in sources[:1]]
     for k, (record, output) in enumerate(zip(records, outputs)):
@@ -311,7 +343,7 @@ def edit_prompt(editor, flags, device):
 
 
 def caption(record):
-    scores = [f"{key} {record[key]:.2f}" for key in ("adherence", "faithfulness") if key in record]
+    scores = [f"{key} {record[key]:.2f}" for key in ADHERENCE + FAITHFULNESS if key in record]
     return "\n".join([f"{record['pauses']} pauses, seed {record['seed']}", *scores])
 
 
@@ -328,7 +360,11 @@ def parse_flags():
     p.add_argument("--pauses", type=numbers(4096), default=[0],
                    help="numbers of pause tokens, one candidate each")
     p.add_argument("--seeds", type=numbers(2**63 - 1), default=[0], help="noise seeds, one candidate each")
-    p.add_argument("--threshold", type=SHARE, default=0.9, help="least faithfulness to be chosen (0.9)")
+    p.add_argument("--threshold", type=SHARE, help="least faithfulness to be chosen (oracle 0.9, DINO 0.91)")
+    p.add_argument("--clip", help="judge photographs: a folder clip-vit-base-patch32, with --dino")
+    p.add_argument("--dino", help="folder dino-vits16, or dino_deitsmall16_pretrain.pth")
+    for which in ("source", "target"):
+        p.add_argument(f"--{which}-caption", type=utf8_text, help=f"says what the {which} shows; for CLIP")
     p.add_argument("--steps", type=COUNT, help="Euler steps (20; OmniGen 50)")
     p.add_argument("--text-scale", type=GUIDANCE, help="guidance by the prompt; 1 = none (1; OmniGen 2.5)")
     p.add_argument("--image-scale", type=GUIDANCE, help="guidance by the image; 1 = none (1; OmniGen 1.5)")
@@ -347,6 +383,8 @@ def parse_flags():
     flags = p.parse_args()
     if not flags.ckpt and not flags.init:
         p.error("give --ckpt, a checkpoint of train.py, or --init omnigen:FOLDER")
+    if bool(flags.clip) != bool(flags.dino):
+        p.error("--clip and --dino judge together: give both or none")
     if bool(flags.prompt) == bool(flags.data) or flags.data and flags.image:
         p.error("give either --prompt (and --image), or --data, a JSONL file")
     defaults = (50, 2.5, 1.5) if flags.init else (20, 1.0, 1.0)
@@ -365,11 +403,12 @@ def main():
         if out.suffix.lower() not in (".png", ".jpg", ".jpeg") or not writable:
             raise InputError(f"--out {out}: a .png or .jpg file in a folder that can be written is needed")
     editor = load_editor(flags, device)
+    judges = load_judges(flags.clip, flags.dino, device) if flags.clip and not editor.world else None
     if flags.data:
         weights = flags.ckpt or omnigen_folder(flags.init) / "config.json"
-        edit_file(flags, weights, partial(edit_row, editor, flags, device), rank, world)
+        edit_file(flags, weights, partial(edit_row, editor, flags, device, judges), choose, rank, world)
     else:
-        edit_prompt(editor, flags, device)
+        edit_prompt(editor, flags, judges, device)
 
 
 if __name__ == "__main__":

@@ -26,17 +26,18 @@ def make_record(out, number, row, pauses, seed, path, scores):
             **scores, **{key: value and relative(value, out) for key, value in paths.items()}}
 
 
-SETTINGS = ("ckpt", "init", "steps", "text_scale", "image_scale", "guidance_interval", "negative_prompt",
-            "pause_token", "size")
+SETTINGS = ("ckpt", "init", "clip", "dino", "steps", "text_scale", "image_scale", "guidance_interval",
+            "negative_prompt", "pause_token", "size")
 
 
-def edit_file(flags, weights, edit_row, rank, world):
+def edit_file(flags, weights, edit_row, choose, rank, world):
     """Edit every row of a JSONL file, one candidate for each number of pauses and each seed; a line of
     results.RANK.jsonl each. Continues where a killed run stopped. Under torchrun the processes share the
     rows.
 
     edit_row(row, pauses, seed) -> output (h, w, 3) uint8, {score: number}. weights: a file that is written
-    whenever the weights are."""
+    whenever the weights are. choose(records, threshold) -> which candidate of a row is best, and whether it
+    reaches the threshold, or None; they go to chosen.RANK.jsonl."""
     out = make_folder(flags.out)
     bad = BadRows(flags.skip_bad)
     rows = dict(read_rows(flags.data, targets=False, bad=bad))         # {line: row}
@@ -83,6 +84,16 @@ def edit_file(flags, weights, edit_row, rank, world):
         record = make_record(out, number, row, pauses, seed, path, scores)
         append(results, {**record, "settings": settings})
         new += 1
+    candidates = {}                       # {line: records}; earlier runs may have had more processes
+    for file in sorted(out.glob("results.*.jsonl")):
+        for record in finished(file):
+            if record["id"] % world == rank:
+                candidates.setdefault(record["id"], []).append(record)
+    chosen = []
+    for records in candidates.values():
+        if best := choose(records, flags.threshold):
+            chosen.append({**records[best[0]], "passed": best[1]})
+    write_jsonl(out / f"chosen.{rank}.jsonl", chosen)
     skipped = f"; {bad.skipped} bad rows skipped" if bad.skipped else ""
     print(f"{out}: {new} new edits, {len(paths)} in all{skipped}" + f" (process {rank})" * (world > 1))
 
