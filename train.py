@@ -36,7 +36,7 @@ from common.files import InputError, append, finished, make_folder, write_json, 
 from common.muon import Muon
 from common.rows import BadRows
 from common.statistics import add_batch, log_line, new_sums
-from data import MicroBatches, Pairs, Shapes, Words, make_loader, micro_batches, open_data
+from data import MicroBatches, Pairs, Shapes, Words, make_batch, make_loader, micro_batches, open_data
 from metrics import SCORES, breakdown, evaluate
 from model import Config, Transformer
 from pretrained.latents import Latents, cache_header
@@ -69,7 +69,7 @@ class Setup(NamedTuple):
     """What training needs; from here on the toy and OmniGen are treated alike."""
     editor: Editor                        # model, tokenizer, autoencoder if there is one
     dataset: Shapes | Pairs | Latents
-    examples: Shapes | Pairs | Latents    # for the pictures: held out, or the training data if nothing is
+    validation: Shapes | Pairs | Latents | None            # held out: the iid split, or --val-data
     mask_tokens: magd.MaskTokens | None
     trained_model: torch.nn.Module        # the model, in DDP if there are several processes
     trained_mask_tokens: torch.nn.Module | None            # likewise
@@ -90,27 +90,36 @@ def set_up_from_scratch(flags, world, device, resumed, bad):
         start_from(model, tokenizer, flags.init)
     mask_tokens = make_mask_tokens(flags, cfg, device)
     editor = Editor(model, tokenizer, vae=None, size=flags.size, world=WORLDS.get(flags.data))
-    examples = Shapes(flags.data, "iid", flags.seed) if editor.world else dataset
+    validation = None
+    if editor.world or flags.val_data:    # one seed: runs with different seeds have the same
+        validation = open_data(flags.val_data or flags.data, "iid", flags.size, 0)
+        for word in validation.words:
+            tokenizer.encode(word)        # else one that training lacks would end the run hours later
     trained_model = model
     trained_mask_tokens = mask_tokens
     if world > 1:
         trained_model = DistributedDataParallel(model, broadcast_buffers=False)
         trained_mask_tokens = DistributedDataParallel(mask_tokens) if mask_tokens else None
-    return Setup(editor, dataset, examples, mask_tokens, trained_model, trained_mask_tokens, tokenizer.words)
+    return Setup(editor, dataset, validation, mask_tokens, trained_model, trained_mask_tokens,
+                 tokenizer.words)
 
 
 def set_up_omnigen(flags, device, bad):
     """OmniGen-v1 on latents; sharded (FSDP2)."""
     folder = omnigen_folder(flags.init)
     bf16 = flags.bf16 and fast_bf16(device)
-    cache = flags.latents or Path(flags.data).with_suffix(".latents")
     header = cache_header(folder / "vae", flags.size)
+    cache = flags.latents or Path(flags.data).with_suffix(".latents")
     dataset = Latents(flags.data, cache, header, flags.seed, flags.p_edit, bad)
+    validation = None
+    if flags.val_data:
+        cache = Path(flags.val_data).with_suffix(".latents")
+        validation = Latents(flags.val_data, cache, header, 0, flags.p_edit)
     editor = omnigen_editor(flags, torch.float32, device, lambda model: shard(model, device, bf16))
     mask_tokens = make_mask_tokens(flags, editor.model.cfg, device)
     if mask_tokens:
         shard(mask_tokens, device, bf16)
-    return Setup(editor, dataset, dataset, mask_tokens, editor.model, mask_tokens, words=None)
+    return Setup(editor, dataset, validation, mask_tokens, editor.model, mask_tokens, words=None)
 
 
 def make_mask_tokens(flags, cfg, device):
@@ -172,6 +181,36 @@ def describe(flags, setup, items, micro, accumulate, world, device, say):
         say(report)
     setup.editor.model.checkpointing = flags.checkpointing
     return parameters
+
+
+@torch.no_grad()
+def validate(setup, flags, device):
+    """Loss of 64 held-out samples (Eq. 3) that never change, nor does their noise; sample k is at time
+    (k mod 8) / 8 + 1/16. Each process does all of it."""
+    model = setup.editor.model
+    P = model.cfg.patch
+    size = 1 if setup.editor.vae else 16                   # samples at once
+    losses = []
+    for indices in itertools.islice(micro_batches(setup.validation, size), 64 // size):
+        batch = make_batch(setup.validation, indices, setup.editor.tokenizer, P, 0, 0.0, 0.0, 0.0)
+        shape = batch.x1.shape[1:]                                                  # (C, h, w)
+        draws = magd.draw(shape, shape[1] * shape[2] // P**2, batch.seeds)
+        draws = draws._replace(t=torch.tensor([k % 8 / 8 + 1 / 16 for k in indices]))
+        draws = magd.Draws(*(drawn.to(device) for drawn in draws))
+        with autocast(device, flags.bf16):
+            own, _ = magd.magd_loss(setup.trained_model, batch.x1.to(device), batch.condition.to(device),
+                                    draws, prediction=flags.prediction)
+        losses.append(own.mean())
+    return torch.stack(losses).mean().item()
+
+
+def exact_share(setup, flags, device):
+    """The share of exact ones among 64 edits of the validation set of a toy world."""
+    edits = (k for k in itertools.count() if setup.validation.sample(k).images)
+    rows = evaluate(setup.editor.model, setup.editor.tokenizer, setup.validation,
+                    list(itertools.islice(edits, 64)), flags.eval_steps, flags.text_scale, flags.image_scale,
+                    device=device, bf16=flags.bf16, progress=False)
+    return breakdown(rows)["all"]["exact"]
 
 
 def held_out_scores(setup, flags, rank, world, device, say):
@@ -252,6 +291,8 @@ def train(flags):
     sums = new_sums(device)
     batches = make_loader(flags, items, micro, accumulate, first, rank, world, device)
     bar = tqdm(range(first, flags.steps), initial=first, total=flags.steps, disable=rank > 0, unit="step")
+    validated = ""                                         # for the bar
+    pictured = setup.validation or setup.dataset
     start = tick = time.perf_counter()
     for step in bar:
         rate = learning_rate(step, flags.steps, flags.warmup)
@@ -296,8 +337,16 @@ def train(flags):
         now = time.perf_counter()
         sums["stop"] += bool(stop)                         # a signal may reach one process only
         line, stopped = log_line(sums, done, now - tick, flags.batch, world, gpu and peak_tflops(gpu))
+        if setup.validation and (picture or done == flags.steps):
+            line["val_loss"] = validate(setup, flags, device)
+            with averaged(model, average):
+                if average:
+                    line["val_loss_averaged"] = validate(setup, flags, device)
+                if setup.editor.world:
+                    line["val_exact"] = exact_share(setup, flags, device)
+            validated = "".join(f", {key} {line[key]:.3f}" for key in line if key.startswith("val_"))
         if rank == 0:
-            bar.set_postfix_str(f"loss {line['loss']:.4f}, {line['images_per_s']:.0f} images/s")
+            bar.set_postfix_str(f"loss {line['loss']:.4f}, {line['images_per_s']:.0f} images/s{validated}")
             append(out / "log.jsonl", {**line, "lr": flags.lr * rate, "skipped_rows": bad.skipped})
         if save or stopped:
             save_checkpoint(last, model, setup.mask_tokens, average, optimizers, step=done,
@@ -307,7 +356,7 @@ def train(flags):
                 keep(last, out / f"step_{done:06d}.pt")
         if picture:
             with averaged(model, average):
-                preview(setup.editor, setup.examples, out / "samples" / f"step_{done:06d}.png", flags, device)
+                preview(setup.editor, pictured, out / "samples" / f"step_{done:06d}.png", flags, device)
         if stopped:
             bar.close()
             say(f"stopped at step {done} of {flags.steps}; {last} is saved. Continue with --resume.")
@@ -326,7 +375,7 @@ def train(flags):
     with averaged(model, average):
         if setup.editor.world and flags.eval_examples:
             result |= held_out_scores(setup, flags, rank, world, device, say)
-        result["l1"], result["l1_identity"] = preview(setup.editor, setup.examples, final, flags, device)
+        result["l1"], result["l1_identity"] = preview(setup.editor, pictured, final, flags, device)
         if omnigen:
             export(model, omnigen_folder(flags.init), out / "export")
             say(f"wrote {out / 'export'}: python sample.py --init omnigen:{out / 'export'}")

@@ -45,9 +45,16 @@ def line_charts(panels, path):
 
 
 def plot_losses(log, path):
-    """The lines of train.py's log -> a picture of the loss over the steps, all and in four bins of t."""
+    """The lines of train.py's log -> a picture of the loss over the steps, all and in four bins of t; of the
+    validation loss, and of the share of exact edits where there is one."""
     series = {"all": [(line["step"], line["loss"], None, None) for line in log]}
     for k in range(4):
         name = f"t from {k / 4} to {(k + 1) / 4}"
         series[name] = [(line["step"], line["loss_by_t"][k] or math.nan, None, None) for line in log]
-    line_charts([("training loss by time: t = 0 is noise, 1 the image", "step", "loss", series)], path)
+    panels = [("training loss by time: t = 0 is noise, 1 the image", "step", "loss", series)]
+    names = {"val_loss": "weights", "val_loss_averaged": "averaged weights", "val_exact": "exact of 64 edits"}
+    held_out = {name: [(line["step"], line[key], None, None) for line in log if key in line]
+                for key, name in names.items()}
+    if any(held_out.values()):
+        panels.append(("held out: loss at fixed times and noise; exact edits", "step", "", held_out))
+    line_charts(panels, path)

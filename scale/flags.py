@@ -15,6 +15,7 @@ def flag_parser(presets):
     flag("--data", help=f"{', '.join(WORLDS)}, or a JSONL file of image pairs")
     flag("--init", help="weights to start from: a checkpoint of this script, or omnigen:FOLDER, OmniGen-v1")
     flag("--latents", help="folder of `python -m pretrained.latents`; DATA.latents if not given")
+    flag("--val-data", help="a JSONL file that is held out, OmniGen: with latents; a toy world has its own")
     flag("--skip-bad", type=NONE_OR_MORE, default=0, help="bad rows of a JSONL file to leave out")
     flag("--out", help="folder of the run; out/PRESET if not given")
     flag("--resume", action="store_true", help="continue from last.pt in --out; --steps may grow")

@@ -15,6 +15,7 @@ import train
 from common.files import InputError
 from common.muon import Muon
 from sample import load_checkpoint
+from tools import pairs
 
 
 def weights(path):
@@ -303,3 +304,40 @@ def test_muon_is_the_muon_of_torch():
             optimizer.step()
     for p, q in zip(ours, theirs):
         torch.testing.assert_close(p, q, atol=5e-4, rtol=0)                # bf16 inside; a step moves by about 0.005
+
+
+# ------------------------------------------------------------------------------------------- validation
+
+STILL = [*SMALL, "--steps", "2", "--warmup", "0", "--lr", "1e-30", "--muon-lr", "0"]
+
+
+def validated(folder, *flags):
+    call(train, *STILL, "--sample-every", "2", "--log-every", "9", *flags, "--out", folder)
+    return [json.loads(line) for line in open(folder / "log.jsonl")]
+
+
+def test_equal_weights_have_equal_validation_losses_in_every_run(tmp_path):
+    """Whatever the seed, the masks, the batch and the noise of training are."""
+    call(train, *SMALL, "--steps", "5", "--warmup", "0", "--out", tmp_path / "base")          # a fresh one's output is zero
+    init = ["--init", tmp_path / "base/last.pt"]
+    one = validated(tmp_path / "one", *init, "--seed", "1")
+    two = validated(tmp_path / "two", *init, "--seed", "2", "--p-magd", "0", "--max-pauses", "8", "--batch", "4", "--max-gap", "0")
+    assert one[0]["loss"] != two[0]["loss"]
+    values = {line[key] for line in one + two for key in ("val_loss", "val_loss_averaged")}
+    assert len(values) == 1 and all(line["val_exact"] == 0 for line in one + two)
+    other = validated(tmp_path / "other", "--seed", "3")                                   # other weights
+    assert other[0]["val_loss"] not in values
+
+
+def test_a_file_can_be_held_out(tmp_path, capsys):
+    call(pairs, "export", "--n", 12, "--out", tmp_path)
+    data = ["--data", tmp_path / "pairs.jsonl", "--size", 16]
+    rows = (tmp_path / "pairs.jsonl").read_text().splitlines()
+    (tmp_path / "few.jsonl").write_text("\n".join(rows[:4]))
+    log = validated(tmp_path / "run", *data, "--val-data", tmp_path / "few.jsonl")
+    assert all(line["val_loss"] > 0 and "val_exact" not in line for line in log)
+    assert "val_loss" in capsys.readouterr().err                                            # in the bar
+    assert not any("val_loss" in line for line in validated(tmp_path / "none", *data))      # nothing is held out
+    (tmp_path / "odd.jsonl").write_text(json.dumps({**json.loads(rows[0]), "instruction": "make it greenish"}))
+    with pytest.raises(InputError, match="unknown word 'greenish'"):
+        validated(tmp_path / "odd", *data, "--val-data", tmp_path / "odd.jsonl")
