@@ -81,6 +81,9 @@ class Cache(NamedTuple):
     rope: tuple                           # cos, sin of the time token and the target, each (B, 1, 1 + N, E)
     runs: list                            # which keys they may look at (common/attention.py)
 
+    def to(self, device):
+        return self._replace(layers=[tuple(value.to(device) for value in pair) for pair in self.layers])
+
 
 # ------------------------------------------------------------------------------------------- attention
 

@@ -39,6 +39,7 @@ from pretrained.judges import load_judges, photo_scores
 from pretrained.omnigen import BPE, load_omnigen, omnigen_folder, prepare
 from pretrained.vae import VAE, load_vae
 from scale.checkpoints import config_of, read_checkpoint
+from scale.cost import sampling_memory
 from toy.oracle import judge
 from toy.world import WORLDS, World
 
@@ -67,7 +68,8 @@ def generate(model, tokenizer, prompts, images, x0, steps=50, text_scale=2.5, im
         v = v_u + image_scale (v_img - v_u) + text_scale (v_full - v_img)
 
     A prompt without images has v_img = v_u. Outside `interval`, a range of t, only v_full is used. With
-    low_memory or an interval, branches run one after the other instead of as one batch."""
+    low_memory or an interval, branches run one after the other instead of as one batch; with low_memory
+    their keys and values wait in the CPU's memory."""
     if interval != (0.0, 1.0) and text_scale == 0:
         raise InputError("a guidance interval needs a text scale above 0: outside it only the prompt counts")
     device = x0.device
@@ -91,7 +93,8 @@ def generate(model, tokenizer, prompts, images, x0, steps=50, text_scale=2.5, im
         for group in [branches] if together else [[branch] for branch in branches]:
             texts = [text for _, own, _ in group for text in own]
             references = [own for _, _, lists in group for own in lists]
-            caches.append(model.encode(make_condition(tokenizer, texts, references, P).to(device), N))
+            cache = model.encode(make_condition(tokenizer, texts, references, P).to(device), N)
+            caches.append(cache.to("cpu") if low_memory else cache)
 
         def velocities(x, t, caches):
             v = []
@@ -99,7 +102,7 @@ def generate(model, tokenizer, prompts, images, x0, steps=50, text_scale=2.5, im
                 n = len(cache.layers[0][0]) // len(x)              # branches in this cache
                 x_t = x.repeat(n, 1, 1, 1)                                   # (n * B, C, h, w)
                 times = torch.full((len(x_t),), t, device=device)
-                output = model.denoise(x_t, times, cache)
+                output = model.denoise(x_t, times, cache.to(device))
                 v += magd.velocity(output, x_t, times, model.cfg.prediction).chunk(n)
             return v                                                                # of (B, C, h, w)
 
@@ -234,15 +237,17 @@ def edit(editor, flags, sources, instruction, pauses, seed, device, progress=Tru
         width, height = (editor.size, editor.size) if editor.size else flags.size
     shape = (3, height, width)
     if editor.vae:
+        editor.vae.to(device)             # with --low-memory it is elsewhere while the transformer runs
         # the mean of the posterior, not a draw
         images = [editor.vae.encode(image[None].to(device))[0][0] for image in images]
+        editor.vae.to("cpu" if flags.low_memory else device)
         shape = (4, height // 8, width // 8)
     prompt = make_prompt(editor.tokenizer, instruction, len(images), pauses=pauses)
     x0 = noise(shape, [seed], device)
     x = generate(editor.model, editor.tokenizer, [prompt], [images], x0, flags.steps, flags.text_scale,
                  flags.image_scale, flags.negative_prompt, flags.low_memory, flags.guidance_interval,
                  progress=progress)
-    return to_array((editor.vae.decode(x) if editor.vae else x)[0])
+    return to_array((editor.vae.to(device).decode(x) if editor.vae else x)[0])
 
 
 def preview(editor, dataset, path, flags, device, n=8):
@@ -307,6 +312,10 @@ def edit_prompt(editor, flags, judges, device):
         if os.path.realpath(path) in map(os.path.realpath, flags.image):
             raise InputError(f"--out {out}: it would overwrite the source {path}")
     sources = [open_source(path, editor.size) for path in flags.image]
+    if editor.vae:
+        height, width = sources[0].shape[:2] if sources else flags.size[::-1]
+        need = sampling_memory(editor.model, width * height, len(sources), flags.low_memory)
+        print(f"memory: about {need / 1e9:.1f} GB on the device, all candidates one by one")
     records = []
     outputs = []
     start = time.perf_counter()
@@ -376,7 +385,8 @@ def parse_flags():
                    help="WIDTHxHEIGHT of OmniGen's image when there is no --image")
     p.add_argument("--pause-token", default="<|placeholder1|>", help="OmniGen: a word of its tokenizer.json")
     p.add_argument("--compile", action="store_true", help="torch.compile: minutes at the start")
-    p.add_argument("--low-memory", action="store_true", help="run the branches of guidance one by one")
+    p.add_argument("--low-memory", action="store_true",
+                   help="run the branches of guidance one by one; what waits is on the CPU")
     add_device(p)
     p.add_argument("--skip-bad", type=NONE_OR_MORE, default=0, help="--data: bad rows to leave out (0)")
     p.add_argument("--out", default="edit.png", help="the image; with --data a folder")

@@ -16,6 +16,41 @@ from common.files import InputError, read_json
 from pretrained.weights import check_numbers, load_weights, released
 
 
+BAND = 2**23                              # numbers of a feature map that are computed at once, about
+
+
+def in_bands(conv, x, prepare, repeat=1, in_place=False):
+    """A 3 x 3 convolution of prepare(x), x (B, c, h, w), computed in bands of rows -> (B, c_out, repeat * h,
+    repeat * w). prepare works on each number alone, or repeats it in both directions.
+
+    So what it makes never exists whole: at 1024 x 1024 pixels that is a gigabyte. in_place: nor does the
+    result, which takes the place of x."""
+    B, c, h, w = x.shape
+    rows = max(1, BAND // (B * c * w * repeat**2))
+    out = x if in_place else x.new_empty(B, conv.out_channels, repeat * h, repeat * w)
+    above = x[:, :, :0]                                    # the row above a band, as it was
+    for top in range(0, h, rows):
+        bottom = min(top + rows, h)
+        below = x[:, :, bottom:bottom + 1]
+        y = prepare(torch.cat([above, x[:, :, top:bottom], below], dim=2))
+        ends = above.shape[2], below.shape[2]              # of each, once repeated, one row is needed
+        y = y[:, :, (repeat - 1) * ends[0]:y.shape[2] - (repeat - 1) * ends[1]]
+        y = F.pad(y, (1, 1, 1 - ends[0], 1 - ends[1]))     # at the edge of the image there are zeros
+        above = x[:, :, bottom - 1:bottom].clone()
+        out[:, :, repeat * top:repeat * bottom] = F.conv2d(y, conv.weight, conv.bias)
+    return out
+
+
+def norm_silu_conv(norm, conv, x, in_place=False):
+    """conv(silu(norm(x))) for a GroupNorm."""
+    B, c = x.shape[:2]
+    variance, mean = torch.var_mean(x.view(B, norm.num_groups, -1), dim=2, correction=0)  # (B, groups)
+    scale = (variance + norm.eps).rsqrt().repeat_interleave(c // norm.num_groups, 1) * norm.weight    # (B, c)
+    shift = norm.bias - mean.repeat_interleave(c // norm.num_groups, 1) * scale                       # (B, c)
+    return in_bands(conv, x, lambda rows: F.silu(rows * scale[:, :, None, None] + shift[:, :, None, None]),
+                    in_place=in_place)
+
+
 class Resnet(nn.Module):
     def __init__(self, c_in, c_out, groups):
         super().__init__()
@@ -26,9 +61,11 @@ class Resnet(nn.Module):
         self.conv_shortcut = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x):                                                                 # (B, c_in, h, w)
-        y = self.conv1(F.silu(self.norm1(x)))                                             # (B, c_out, h, w)
-        y = self.conv2(F.silu(self.norm2(y)))
-        return y + self.conv_shortcut(x)
+        y = norm_silu_conv(self.norm1, self.conv1, x)                                     # (B, c_out, h, w)
+        y = norm_silu_conv(self.norm2, self.conv2, y, in_place=True)
+        for own, rows in zip(y.chunk(8, dim=2), x.chunk(8, dim=2)):        # in bands, for the same reason
+            own += self.conv_shortcut(rows)
+        return y
 
 
 class PixelAttention(nn.Module):
@@ -42,7 +79,9 @@ class PixelAttention(nn.Module):
 
     def forward(self, x):                                                                 # (B, c, h, w)
         y = rearrange(self.group_norm(x), "b c h w -> b 1 (h w) c")
-        y = F.scaled_dot_product_attention(self.to_q(y), self.to_k(y), self.to_v(y))      # (B, 1, h*w, c)
+        q, k, v = self.to_q(y), self.to_k(y), self.to_v(y)                                # (B, 1, h*w, c) each
+        # some queries at a time: not every kernel for heads this wide does without the whole matrix
+        y = torch.cat([F.scaled_dot_product_attention(some, k, v) for some in q.split(2048, dim=2)], dim=2)
         return x + rearrange(self.to_out(y), "b 1 (h w) c -> b c h w", h=x.shape[2])
 
 
@@ -52,23 +91,30 @@ def downsample(channels):
     return nn.Sequential(OrderedDict(pad=pad, conv=nn.Conv2d(channels, channels, 3, stride=2)))
 
 
-def upsample(channels):
+class Upsample(nn.Module):
     """(B, c, h, w) -> (B, c, 2h, 2w)"""
-    repeat = nn.Upsample(scale_factor=2.0, mode="nearest")
-    return nn.Sequential(OrderedDict(repeat=repeat, conv=nn.Conv2d(channels, channels, 3, padding=1)))
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        return in_bands(self.conv, x, lambda rows: F.interpolate(rows, scale_factor=2.0), repeat=2)
 
 
 class Stage(nn.Module):
-    """Resnets at one resolution, then perhaps a step to half or twice that resolution."""
+    """Resnets at one resolution, then perhaps a step to half or twice that resolution.
+
+    Encoder and Decoder run its layers themselves: a `forward` would keep its input until its end."""
 
     def __init__(self, c_in, c_out, resnets, groups, down=False, up=False):
         super().__init__()
         self.resnets = nn.Sequential(*(Resnet(c_out if k else c_in, c_out, groups) for k in range(resnets)))
         self.downsamplers = nn.Sequential(*([downsample(c_out)] if down else []))         # []: identity
-        self.upsamplers = nn.Sequential(*([upsample(c_out)] if up else []))
+        self.upsamplers = nn.Sequential(*([Upsample(c_out)] if up else []))
 
-    def forward(self, x):
-        return self.upsamplers(self.downsamplers(self.resnets(x)))
+    def layers(self):
+        return [*self.resnets, *self.downsamplers, *self.upsamplers]
 
 
 class Middle(nn.Module):
@@ -77,8 +123,8 @@ class Middle(nn.Module):
         self.attentions = nn.Sequential(PixelAttention(channels, groups))
         self.resnets = nn.ModuleList(Resnet(channels, channels, groups) for _ in range(2))
 
-    def forward(self, x):
-        return self.resnets[1](self.attentions(self.resnets[0](x)))
+    def layers(self):
+        return [self.resnets[0], *self.attentions, self.resnets[1]]
 
 
 class Encoder(nn.Module):
@@ -93,8 +139,11 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(channels[-1], 2 * latent, 3, padding=1)
 
     def forward(self, x):                                                                 # (B, 3, 8h, 8w)
-        x = self.mid_block(self.down_blocks(self.conv_in(x)))                             # (B, c, h, w)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))                               # (B, 2 * 4, h, w)
+        x = self.conv_in(x)
+        for stage in (*self.down_blocks, self.mid_block):
+            for layer in stage.layers():
+                x = layer(x)                                                              # to (B, c, h, w)
+        return norm_silu_conv(self.conv_norm_out, self.conv_out, x)                       # (B, 2 * 4, h, w)
 
 
 class Decoder(nn.Module):
@@ -110,8 +159,11 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(channels[-1], 3, 3, padding=1)
 
     def forward(self, z):                                                                 # (B, 4, h, w)
-        x = self.up_blocks(self.mid_block(self.conv_in(z)))                               # (B, c, 8h, 8w)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))                               # (B, 3, 8h, 8w)
+        x = self.conv_in(z)
+        for stage in (self.mid_block, *self.up_blocks):
+            for layer in stage.layers():
+                x = layer(x)                                                              # to (B, c, 8h, 8w)
+        return norm_silu_conv(self.conv_norm_out, self.conv_out, x)                       # (B, 3, 8h, 8w)
 
 
 class VAE(nn.Module):

@@ -42,6 +42,23 @@ def memory(cfg, parameters, tokens, averaged, world, recomputed):
     return states + gathered + tokens * kept
 
 
+def sampling_memory(model, pixels, images, low_memory):
+    """About how many bytes a device needs for an edit of so many pixels with reference images as large, three
+    branches of guidance: weights, keys and values, one block at work; or the autoencoder's maps, if they are
+    more. Not counted: the allocator's losses."""
+    cfg = model.cfg
+    element = next(model.parameters()).element_size()
+    N = pixels // (8 * cfg.patch)**2                       # tokens of an image
+    L = images * N + 100                                   # of the condition; 100 for the text
+    rows = [L + N, L + N, 100 + N]                         # of the three branches
+    one = max if low_memory else sum
+    kept = one(rows) * 2 * cfg.layers * cfg.width * element
+    work = one([max(L, N)] * 3) * (6 * cfg.width + 3 * cfg.mlp) * element
+    weights = sum(p.nbytes for p in model.parameters())
+    autoencoder = 1.8e9 * pixels / 2**20                   # of float32, as tests/test_omnigen.py counts
+    return weights + max(kept + work, autoencoder) + (0 if low_memory else 0.33e9)
+
+
 def blocks_to_recompute(cfg, parameters, tokens, averaged, world, available, wanted=None):
     """-> blocks the backward recomputes, `wanted` or as few as `available` bytes need, and a report.
 

@@ -1,6 +1,7 @@
 """Everything pretrained against what OmniGen-v1's own code and diffusers compute from a tiny checkpoint of the released format."""
 import hashlib
 import json
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,8 +9,11 @@ import pytest
 import torch
 from helpers import omnigen_folder, read_safetensors, tiny_model
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import magd
+import pretrained.vae
 from common.files import InputError
 from data import make_prompt, to_tensor, tokenize
 from model import PADDING, Condition, Config, Transformer, attention_rule
@@ -337,6 +341,47 @@ def test_vae(folder):
         torch.testing.assert_close(std / 0.13025, (0.5 * logvar).exp(), atol=1e-4, rtol=0)
         decoded = vae.decode(REFERENCE[f"vae/{name}/z"] * 0.13025)
         torch.testing.assert_close(decoded, REFERENCE[f"vae/{name}/decoded"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("band", [1, 2000, 30000])
+def test_bands_change_nothing(band, monkeypatch):
+    torch.manual_seed(0)
+    vae = VAE(channels=(8, 16, 16, 16), groups=4).requires_grad_(False)
+    z = torch.randn(2, 4, 9, 7)
+    monkeypatch.setattr(pretrained.vae, "BAND", 2**60)
+    image = vae.decode(z)
+    latent = vae.encode(image)
+    monkeypatch.setattr(pretrained.vae, "BAND", band)
+    torch.testing.assert_close(vae.decode(z), image, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(vae.encode(image), latent, atol=1e-6, rtol=1e-6)
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes that the tensors made inside take at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.tensors = {}                                              # storage: its bytes, the tensors on it
+        self.most = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            storage = x.untyped_storage()
+            self.tensors.setdefault(storage._cdata, (storage.nbytes(), []))[1].append(weakref.ref(x))
+        self.tensors = {key: own for key, own in self.tensors.items() if any(x() is not None for x in own[1])}
+        self.most = max(self.most, sum(size for size, _ in self.tensors.values()))
+        return result
+
+
+def test_the_autoencoder_of_a_megapixel_needs_two_gigabytes():
+    with torch.device("meta"):                                         # shapes, without the numbers
+        vae, z, image = VAE(), torch.empty(1, 4, 128, 128), torch.empty(1, 3, 1024, 1024)
+    weights = sum(p.nbytes for p in vae.parameters())
+    for run in (lambda: vae.decode(z), lambda: vae.encode(image)):
+        with LiveBytes() as live:
+            run()
+        assert 1e9 < live.most + weights < 2.1e9
 
 
 @pytest.mark.parametrize("key, value", [
