@@ -33,6 +33,7 @@ from common.images import open_image, save_image, sheet
 from common.rows import BadRows, below, checksum, output_path, read_rows
 from data import Words, fit, make_condition, make_prompt, to_array, to_tensor
 from model import Transformer
+from pretrained.lora import add_lora, fill_lora, load_lora, merge_lora
 from pretrained.omnigen import BPE, load_omnigen, omnigen_folder, prepare
 from pretrained.vae import VAE, load_vae
 from scale.checkpoints import config_of, read_checkpoint
@@ -156,17 +157,23 @@ def load_checkpoint(path, device="cpu"):
         tokenizer = Words(state["words"])
         cfg = replace(config_of(state), vocab=len(tokenizer))
         model = Transformer(cfg).init_weights()
+        if flags.get("lora"):                              # an adapter of the model that its --init named
+            model.load_state_dict(load_checkpoint(flags["init"])[0].model.state_dict())
         world = WORLDS.get(data)
     except Exception as error:            # whatever odd sizes lead to
         raise InputError(f"{path}: it describes no model of this program ({error})") from None
     fill(model, state, path)
-    return Editor(model.to(device).eval(), tokenizer, None, size, world), flags
+    return Editor(merge_lora(model).to(device).eval(), tokenizer, None, size, world), flags
 
 
 def fill(model, state, path):
-    """Give a model the weights of a checkpoint, the averaged ones if it has averages."""
+    """Give a model the weights of a checkpoint, the averaged ones if it has averages; or add its adapter."""
+    weights = {**state["model"], **state["ema"]}
+    if state["flags"].get("lora"):
+        add_lora(model, *(state["flags"][key] for key in ("lora", "lora_alpha", "lora_mlp")))
+        return fill_lora(model, weights, path)
     try:
-        model.load_state_dict({**state["model"], **state["ema"]})
+        model.load_state_dict(weights)
     except RuntimeError as error:
         line = str(error).splitlines()[1].strip()
         raise InputError(f"{path}: the weights do not fit the model: {line}") from None
@@ -189,6 +196,9 @@ def load_editor(flags, device):
         editor.model.eval()
         if flags.ckpt:
             fill(editor.model, read_checkpoint(flags.ckpt), flags.ckpt)
+    if flags.lora:
+        load_lora(editor.model, flags.lora)
+    editor.model.to(device)
     if flags.compile:
         compile_blocks(editor.model)
     return editor
@@ -240,7 +250,8 @@ def preview(editor, dataset, path, flags, device, n=8):
         x1 = to_tensor(sample.target)
         prompt = make_prompt(editor.tokenizer, sample.instruction, len(images))
         x = generate(editor.model, editor.tokenizer, [prompt], [images], noise(x1.shape, [index], device),
-                     flags.eval_steps, flags.text_scale, flags.image_scale, bf16=flags.bf16)
+                     flags.eval_steps, flags.text_scale, flags.image_scale, low_memory=editor.vae is not None,
+                     bf16=flags.bf16)
         output = pixels(x[0])
         target = pixels(x1)
         source = pixels(images[0]) if images else np.full_like(target, 255)
@@ -283,8 +294,8 @@ def make_record(out, number, row, pauses, seed, path, scores):
             **scores, **{key: value and relative(value, out) for key, value in paths.items()}}
 
 
-SETTINGS = ("ckpt", "init", "steps", "text_scale", "image_scale", "guidance_interval", "negative_prompt",
-            "pause_token", "size")
+SETTINGS = ("ckpt", "init", "lora", "steps", "text_scale", "image_scale", "guidance_interval",
+            "negative_prompt", "pause_token", "size")
 
 
 def edit_file(editor, flags, rank, world, device):
@@ -304,9 +315,10 @@ def edit_file(editor, flags, rank, world, device):
                 raise InputError(f"{flags.data}:{number}: {error}") from None
 
     settings = {key: getattr(flags, key) for key in SETTINGS}
-    weights = flags.ckpt or omnigen_folder(flags.init) / "config.json"     # written whenever the weights are
+    weights = [flags.ckpt or omnigen_folder(flags.init) / "config.json"]   # written whenever the weights are
+    weights += [Path(flags.lora) / "adapter_config.json"] if flags.lora else []
     settings = json.loads(json.dumps({**settings, "data": str(Path(flags.data).resolve()),
-                                      "weights_written": os.path.getmtime(weights)}))
+                                      "weights_written": max(map(os.path.getmtime, weights))}))
     results = out / f"results.{rank}.jsonl"
     finished(results, cut=True)
     old = [record for file in sorted(out.glob("results.*.jsonl")) for record in finished(file)]
@@ -397,6 +409,7 @@ def parse_flags():
     p.add_argument("--ckpt", help="a checkpoint of train.py")
     p.add_argument("--init", help="omnigen:FOLDER, with OmniGen-v1's files in FOLDER; with --ckpt too, a "
                    "checkpoint of its fine-tuning")
+    p.add_argument("--lora", help="folder of an adapter of that model, in PEFT's format")
     p.add_argument("--image", action="append", default=[], help="image to edit; repeat it for more")
     p.add_argument("--prompt", type=utf8_text, help="the instruction; without --image a caption")
     p.add_argument("--data", help="instead of --prompt: a JSONL file; edits each row, into the folder --out")
@@ -421,6 +434,8 @@ def parse_flags():
     flags = p.parse_args()
     if not flags.ckpt and not flags.init:
         p.error("give --ckpt, a checkpoint of train.py, or --init omnigen:FOLDER")
+    if flags.lora and flags.ckpt and flags.init:
+        p.error("--lora adds an adapter to what --init or --ckpt names; give one of the two")
     if bool(flags.prompt) == bool(flags.data) or flags.data and flags.image:
         p.error("give either --prompt (and --image), or --data, a JSONL file")
     defaults = (50, 2.5, 1.5) if flags.init else (20, 1.0, 1.0)
