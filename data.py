@@ -363,8 +363,8 @@ class MicroBatches(torch.utils.data.Dataset):
             return error                  # raised in a worker it would arrive with a traceback
         shape = tuple(batch.x1.shape[1:])
         N = shape[1] * shape[2] // P**2
-        # the backward costs two forwards
-        flop = 3 * sum(flops(self.cfg, kind, N) for kind in batch.condition.kind)
+        # the backward costs two forwards; through frozen weights one
+        flop = (2 if flags.lora else 3) * sum(flops(self.cfg, kind, N) for kind in batch.condition.kind)
         return batch, magd.draw(shape, N, batch.seeds, flags.t_mean), flop
 
 

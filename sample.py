@@ -36,6 +36,7 @@ from common.rows import TAG
 from data import Words, fit, make_condition, make_prompt, to_array, to_tensor
 from model import Transformer
 from pretrained.judges import load_judges, photo_scores
+from pretrained.lora import add_lora, fill_lora, load_lora, merge_lora
 from pretrained.omnigen import BPE, load_omnigen, omnigen_folder, prepare
 from pretrained.vae import VAE, load_vae
 from scale.checkpoints import config_of, read_checkpoint
@@ -178,17 +179,23 @@ def load_checkpoint(path, device="cpu"):
         tokenizer = Words(state["words"])
         cfg = replace(config_of(state), vocab=len(tokenizer))
         model = Transformer(cfg).init_weights()
+        if flags.get("lora"):                              # an adapter of the model that its --init named
+            model.load_state_dict(load_checkpoint(flags["init"])[0].model.state_dict())
         world = WORLDS.get(data)
     except Exception as error:            # whatever odd sizes lead to
         raise InputError(f"{path}: it describes no model of this program ({error})") from None
     fill(model, state, path)
-    return Editor(model.to(device).eval(), tokenizer, None, size, world), flags
+    return Editor(merge_lora(model).to(device).eval(), tokenizer, None, size, world), flags
 
 
 def fill(model, state, path):
-    """Give a model the weights of a checkpoint, the averaged ones if it has averages."""
+    """Give a model the weights of a checkpoint, the averaged ones if it has averages; or add its adapter."""
+    weights = {**state["model"], **state["ema"]}
+    if state["flags"].get("lora"):
+        add_lora(model, *(state["flags"][key] for key in ("lora", "lora_alpha", "lora_mlp")))
+        return fill_lora(model, weights, path)
     try:
-        model.load_state_dict({**state["model"], **state["ema"]})
+        model.load_state_dict(weights)
     except RuntimeError as error:
         line = str(error).splitlines()[1].strip()
         raise InputError(f"{path}: the weights do not fit the model: {line}") from None
@@ -211,6 +218,9 @@ def load_editor(flags, device):
         editor.model.eval()
         if flags.ckpt:
             fill(editor.model, read_checkpoint(flags.ckpt), flags.ckpt)
+    if flags.lora:
+        load_lora(editor.model, flags.lora)
+    editor.model.to(device)
     if flags.compile:
         compile_blocks(editor.model)
     return editor
@@ -264,7 +274,8 @@ def preview(editor, dataset, path, flags, device, n=8):
         x1 = to_tensor(sample.target)
         prompt = make_prompt(editor.tokenizer, sample.instruction, len(images))
         x = generate(editor.model, editor.tokenizer, [prompt], [images], noise(x1.shape, [index], device),
-                     flags.eval_steps, flags.text_scale, flags.image_scale, bf16=flags.bf16)
+                     flags.eval_steps, flags.text_scale, flags.image_scale, low_memory=editor.vae is not None,
+                     bf16=flags.bf16)
         output = pixels(x[0])
         target = pixels(x1)
         source = pixels(images[0]) if images else np.full_like(target, 255)
@@ -363,6 +374,7 @@ def parse_flags():
     p.add_argument("--ckpt", help="a checkpoint of train.py")
     p.add_argument("--init", help="omnigen:FOLDER, with OmniGen-v1's files in FOLDER; with --ckpt too, a "
                    "checkpoint of its fine-tuning")
+    p.add_argument("--lora", help="folder of an adapter of that model, in PEFT's format")
     p.add_argument("--image", action="append", default=[], help="image to edit; repeat it for more")
     p.add_argument("--prompt", type=utf8_text, help="the instruction; without --image a caption")
     p.add_argument("--data", help="instead of --prompt: a JSONL file; edits each row, into the folder --out")
@@ -395,6 +407,8 @@ def parse_flags():
         p.error("give --ckpt, a checkpoint of train.py, or --init omnigen:FOLDER")
     if bool(flags.clip) != bool(flags.dino):
         p.error("--clip and --dino judge together: give both or none")
+    if flags.lora and flags.ckpt and flags.init:
+        p.error("--lora adds an adapter to what --init or --ckpt names; give one of the two")
     if bool(flags.prompt) == bool(flags.data) or flags.data and flags.image:
         p.error("give either --prompt (and --image), or --data, a JSONL file")
     defaults = (50, 2.5, 1.5) if flags.init else (20, 1.0, 1.0)
@@ -415,7 +429,8 @@ def main():
     editor = load_editor(flags, device)
     judges = load_judges(flags.clip, flags.dino, device) if flags.clip and not editor.world else None
     if flags.data:
-        weights = flags.ckpt or omnigen_folder(flags.init) / "config.json"
+        weights = [flags.ckpt or omnigen_folder(flags.init) / "config.json"]
+        weights += [Path(flags.lora) / "adapter_config.json"] if flags.lora else []
         edit_file(flags, weights, partial(edit_row, editor, flags, device, judges), choose, rank, world)
     else:
         edit_prompt(editor, flags, judges, device)

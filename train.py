@@ -40,12 +40,13 @@ from data import MicroBatches, Pairs, Shapes, Words, make_batch, make_loader, mi
 from metrics import SCORES, breakdown, evaluate
 from model import Config, Transformer
 from pretrained.latents import Latents, cache_header
+from pretrained.lora import add_lora, export_lora
 from pretrained.omnigen import export, omnigen_folder
 from sample import Editor, load_checkpoint, omnigen_editor, preview
 from scale.checkpoints import check_resume, check_space, keep, read_checkpoint, restore, save_checkpoint
 from scale.cost import blocks_to_recompute, peak_tflops
 from scale.flags import parse_flags
-from scale.sharding import averaged, shard
+from scale.sharding import averaged, shard, trained
 from toy.world import WORLDS
 
 # ------------------------------------------------------------------------------------------- presets
@@ -62,6 +63,7 @@ PRESETS = {                               # what a preset sets; all else has the
                     eval_steps=50, text_scale=2.5, image_scale=1.5, log_every=1),
 }
 
+LORA = dict(lr=3e-4, muon_lr=0.0)         # and what --lora sets: OmniGen's own
 
 # ------------------------------------------------------------------------------------------- set-up
 
@@ -85,9 +87,10 @@ def set_up_from_scratch(flags, world, device, resumed, bad):
     cfg = Config(len(tokenizer), flags.width, flags.layers, flags.heads, flags.mlp, 3, flags.patch, grid,
                  grid_step=64 / grid, time_scale=1000.0, qk_norm=True, prediction=flags.prediction,
                  jump=flags.jump)
-    model = Transformer(cfg).init_weights().to(device)
-    if flags.init and not resumed:
+    model = Transformer(cfg).init_weights()
+    if flags.init and (flags.lora or not resumed):
         start_from(model, tokenizer, flags.init)
+    add_lora(model, flags.lora, flags.lora_alpha, flags.lora_mlp).to(device)
     mask_tokens = make_mask_tokens(flags, cfg, device)
     editor = Editor(model, tokenizer, vae=None, size=flags.size, world=WORLDS.get(flags.data))
     validation = None
@@ -115,7 +118,9 @@ def set_up_omnigen(flags, device, bad):
     if flags.val_data:
         cache = Path(flags.val_data).with_suffix(".latents")
         validation = Latents(flags.val_data, cache, header, 0, flags.p_edit)
-    editor = omnigen_editor(flags, torch.float32, device, lambda model: shard(model, device, bf16))
+    dtype = torch.bfloat16 if flags.lora and bf16 else torch.float32    # frozen weights need no more
+    editor = omnigen_editor(flags, dtype, device, lambda model: shard(
+        add_lora(model, flags.lora, flags.lora_alpha, flags.lora_mlp), device, bf16))
     mask_tokens = make_mask_tokens(flags, editor.model.cfg, device)
     if mask_tokens:
         shard(mask_tokens, device, bf16)
@@ -142,10 +147,10 @@ def start_from(model, tokenizer, path):
 
 def make_optimizers(flags, model, mask_tokens, bf16):
     """AdamW, and Muon for the matrices of the blocks unless --muon-lr is 0."""
-    matrices = [p for p in model.llm.layers.parameters() if p.ndim == 2] if flags.muon_lr else []
+    matrices = [p for p in trained(model.llm.layers).values() if p.ndim == 2] if flags.muon_lr else []
     by_muon = {id(p) for p in matrices}
     modules = [model, mask_tokens] if mask_tokens else [model]
-    others = [p for module in modules for p in module.parameters() if id(p) not in by_muon]
+    others = [p for module in modules for p in trained(module).values() if id(p) not in by_muon]
     optimizers = [torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=flags.weight_decay, fused=True)]
     if matrices:
         dtype = torch.bfloat16 if bf16 else torch.float32
@@ -162,24 +167,25 @@ def learning_rate(step, steps, warmup):
 
 def describe(flags, setup, items, micro, accumulate, world, device, say):
     """Print the derived numbers before the first step, and choose how many blocks are recomputed."""
-    cfg = setup.editor.model.cfg
+    model = setup.editor.model
     order = micro_batches(setup.dataset, micro)
     batches = [items[indices] for indices in itertools.islice(order, min(16, accumulate * world))]
     L = max(batch.condition.kind.shape[1] for batch, _, _ in batches)
     N = max(draws.u_token.shape[1] for _, draws, _ in batches)
-    parameters = sum(p.numel() for p in setup.editor.model.parameters())
+    parameters = sum(p.numel() for p in model.parameters())
+    few = f" ({sum(p.numel() for p in trained(model).values()) / 1e6:.2f}M trained)" if flags.lora else ""
     flop = sum(flop for _, _, flop in batches) / len(batches) / micro
     say(f"{flags.data} at {flags.size} pixels: up to {N} target tokens and {L} of the condition; "
         f"a vocabulary of {len(setup.editor.tokenizer)}")
-    say(f"{parameters / 1e6:.2f}M parameters, {flop / 1e9:.2f} GFLOP a sample")
+    say(f"{parameters / 1e6:.2f}M parameters{few}, {flop / 1e9:.2f} GFLOP a sample")
     say(f"{flags.steps} steps of {flags.batch} samples = {world} x {device.type} x {micro} at once "
         f"x {accumulate} in turn")
     if setup.words is None:
         total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
-        flags.checkpointing, report = blocks_to_recompute(cfg, parameters, micro * (L + N), flags.ema > 0,
-                                                          world, total, flags.checkpointing)
+        flags.checkpointing, report = blocks_to_recompute(model, micro * (L + N), flags.ema > 0, world, total,
+                                                          flags.checkpointing)
         say(report)
-    setup.editor.model.checkpointing = flags.checkpointing
+    model.checkpointing = flags.checkpointing
     return parameters
 
 
@@ -258,7 +264,7 @@ def train(flags):
     model = setup.editor.model
     if flags.compile:
         compile_blocks(model)
-    weights = list(model.parameters())
+    weights = list(trained(model).values())
     parameters = weights + (list(setup.mask_tokens.parameters()) if setup.mask_tokens else [])
     average = [p.detach().clone() for p in weights] if flags.ema else []       # what is used in the end
     optimizers = make_optimizers(flags, model, setup.mask_tokens, flags.bf16 and fast_bf16(device))
@@ -376,7 +382,10 @@ def train(flags):
         if setup.editor.world and flags.eval_examples:
             result |= held_out_scores(setup, flags, rank, world, device, say)
         result["l1"], result["l1_identity"] = preview(setup.editor, pictured, final, flags, device)
-        if omnigen:
+        if flags.lora:
+            export_lora(model, flags.init, out)
+            say(f"wrote {out / 'adapter'}, an adapter for sample.py --lora")
+        elif omnigen:
             export(model, omnigen_folder(flags.init), out / "export")
             say(f"wrote {out / 'export'}: python sample.py --init omnigen:{out / 'export'}")
     if rank == 0:
@@ -386,7 +395,7 @@ def train(flags):
 
 
 def main():
-    train(parse_flags(PRESETS))
+    train(parse_flags(PRESETS, LORA))
     if dist.is_initialized():
         gc.collect()                      # before the process group: DDP destroyed after it can deadlock
         dist.barrier()

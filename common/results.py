@@ -26,8 +26,8 @@ def make_record(out, number, row, pauses, seed, path, scores):
             **scores, **{key: value and relative(value, out) for key, value in paths.items()}}
 
 
-SETTINGS = ("ckpt", "init", "clip", "dino", "steps", "text_scale", "image_scale", "guidance_interval",
-            "negative_prompt", "pause_token", "size")
+SETTINGS = ("ckpt", "init", "lora", "clip", "dino", "steps", "text_scale", "image_scale",
+            "guidance_interval", "negative_prompt", "pause_token", "size")
 
 
 def edit_file(flags, weights, edit_row, choose, rank, world):
@@ -35,7 +35,7 @@ def edit_file(flags, weights, edit_row, choose, rank, world):
     results.RANK.jsonl each. Continues where a killed run stopped. Under torchrun the processes share the
     rows.
 
-    edit_row(row, pauses, seed) -> output (h, w, 3) uint8, {score: number}. weights: a file that is written
+    edit_row(row, pauses, seed) -> output (h, w, 3) uint8, {score: number}. weights: files that are written
     whenever the weights are. choose(records, threshold) -> which candidate of a row is best, and whether it
     reaches the threshold, or None; they go to chosen.RANK.jsonl."""
     out = make_folder(flags.out)
@@ -52,7 +52,7 @@ def edit_file(flags, weights, edit_row, choose, rank, world):
 
     settings = {key: getattr(flags, key) for key in SETTINGS}
     settings = json.loads(json.dumps({**settings, "data": str(Path(flags.data).resolve()),
-                                      "weights_written": os.path.getmtime(weights)}))
+                                      "weights_written": max(map(os.path.getmtime, weights))}))
     results = out / f"results.{rank}.jsonl"
     finished(results, cut=True)
     old = [record for file in sorted(out.glob("results.*.jsonl")) for record in finished(file)]

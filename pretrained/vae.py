@@ -79,7 +79,7 @@ class PixelAttention(nn.Module):
 
     def forward(self, x):                                                                 # (B, c, h, w)
         y = rearrange(self.group_norm(x), "b c h w -> b 1 (h w) c")
-        q, k, v = self.to_q(y), self.to_k(y), self.to_v(y)                                # (B, 1, h*w, c) each
+        q, k, v = self.to_q(y), self.to_k(y), self.to_v(y)                              # (B, 1, h*w, c) each
         # some queries at a time: not every kernel for heads this wide does without the whole matrix
         y = torch.cat([F.scaled_dot_product_attention(some, k, v) for some in q.split(2048, dim=2)], dim=2)
         return x + rearrange(self.to_out(y), "b 1 (h w) c -> b c h w", h=x.shape[2])

@@ -126,7 +126,8 @@ def load_weights(model, path, dtype, device):
 
     Memory peaks at one copy of the weights. Of a sharded model (FSDP2) each process keeps only its own rows.
     """
-    expected = model.state_dict()
+    # adapters (pretrained/lora.py) are not there
+    expected = {name: value for name, value in model.state_dict().items() if value.is_meta}
     file_of = {}                                                       # {name of a tensor: its file}
     shapes = {}
     for file in shards(Path(path)):
@@ -142,7 +143,7 @@ def load_weights(model, path, dtype, device):
         with opened(file) as tensors:                                  # closing it frees the pages it read
             value = usable(file, key, tensors.get_tensor(key), dtype, device, copy=True)
             weights[key] = own_part(value, expected[key])
-    model.load_state_dict(weights, assign=True)
+    model.load_state_dict(weights, strict=False, assign=True)
     return model
 
 

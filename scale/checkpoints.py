@@ -9,7 +9,7 @@ import torch
 from common.devices import check_finite, is_first
 from common.files import InputError, writing
 from model import Config
-from scale.sharding import own_part, whole
+from scale.sharding import own_part, trained, whole
 
 MAY_CHANGE = {"out", "resume", "preset", "eval_examples", "eval_steps", "text_scale", "image_scale",
               "workers", "log_every", "save_every", "keep_every", "sample_every", "checkpointing", "compile",
@@ -49,10 +49,17 @@ def config_of(state):
     return cfg
 
 
+def contents(model):
+    """What a checkpoint has of a model: everything, or of one with frozen weights only what is trained."""
+    state = model.state_dict()
+    names = trained(model)
+    return {name: state[name] for name in names} if len(names) < len(list(model.parameters())) else state
+
+
 def save_checkpoint(path, model, mask_tokens, average, optimizers, **more):
     """All processes call this together; the first writes."""
-    names = [name for name, _ in model.named_parameters()]
-    state = whole({"config": asdict(model.cfg), "model": model.state_dict(), "ema": dict(zip(names, average)),
+    state = whole({"config": asdict(model.cfg), "model": contents(model),
+                   "ema": dict(zip(trained(model), average)),
                    "mask_tokens": mask_tokens.state_dict() if mask_tokens else None,
                    "optimizers": [optimizer.state_dict() for optimizer in optimizers], **more})
     if is_first():
@@ -74,7 +81,7 @@ def check_space(folder, model, mask_tokens, average, optimizers):
     """Is there space for two checkpoints, the last one and the next? Found out before the first step."""
     moments = sum(p.numel() * (2 if isinstance(optimizer, torch.optim.AdamW) else 1)
                   for optimizer in optimizers for group in optimizer.param_groups for p in group["params"])
-    weights = sum(p.numel() for module in (model, mask_tokens) if module for p in module.parameters())
+    weights = sum(p.numel() for module in (model, mask_tokens) if module for p in trained(module).values())
     needed = 8 * (weights + moments + sum(p.numel() for p in average))           # float32, twice
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -83,9 +90,10 @@ def check_space(folder, model, mask_tokens, average, optimizers):
 
 
 def check_resume(state, flags, cfg, words, data, path):
-    """A resumed run has to be the same run; only --steps may grow."""
+    """A resumed run has to be the same run; only --steps may grow. An adapter needs its own --init."""
+    may_change = MAY_CHANGE - {"init"} if flags.lora else MAY_CHANGE
     changed = [f"--{key.replace('_', '-')} {value}" for key, value in state["flags"].items()
-               if key not in MAY_CHANGE and value != getattr(flags, key, None)
+               if key not in may_change and value != getattr(flags, key, None)
                and not (key == "steps" and flags.steps > value)]
     if changed:
         raise InputError(f"{path}: this run was started with {', '.join(changed)}; resume it with the same")
@@ -103,9 +111,9 @@ def restore(state, model, mask_tokens, average, optimizers):
     for module, key in ((model, "model"), (mask_tokens, "mask_tokens")):
         if module:
             module.load_state_dict({name: own_part(state[key][name], value)
-                                    for name, value in module.state_dict().items()})
-    for mean, (name, p) in zip(average, model.named_parameters()):
-        mean.copy_(own_part(state["ema"][name], p))
+                                    for name, value in contents(module).items()}, strict=False)
+    for mean, name in zip(average, trained(model)):
+        mean.copy_(own_part(state["ema"][name], mean))
     for optimizer, saved in zip(optimizers, state["optimizers"]):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for place, moments in saved["state"].items():

@@ -3,6 +3,7 @@ from itertools import groupby
 
 from common.files import InputError
 from model import PADDING, TEXT
+from scale.sharding import trained
 
 # dense bf16
 PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100": 989, "A100": 312, "L40": 181, "RTX 4090": 165, "A10": 125}
@@ -30,12 +31,18 @@ def flops(cfg, kind, N):
     return condition + target + 4 * N * D * cfg.channels * cfg.patch**2
 
 
-def memory(cfg, parameters, tokens, averaged, world, recomputed):
+def memory(model, tokens, averaged, world, recomputed):
     """About how many bytes a GPU needs when FSDP2 shares the parameters over `world` GPUs, `tokens` run at
     once and so many blocks are recomputed: optimizer states, a few gathered blocks, activations. Not
-    counted: the allocator's losses."""
-    states = (16 + 4 * averaged) * parameters / world          # float32 weights, gradients, two moments, mean
-    gathered = 3 * 2 * parameters / cfg.layers             # bf16 of the running block, the next, its gradient
+    counted: the allocator's losses, and that frozen matrices need up to a quarter less activations."""
+    cfg = model.cfg
+    parameters = sum(p.numel() for p in model.parameters())
+    learning = sum(p.numel() for p in trained(model).values())
+    frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)  # themselves and nothing else
+    # of a trained one float32 weights, gradients, two moments, mean
+    states = ((16 + 4 * averaged) * learning + frozen) / world
+    # bf16 of the running block, the next, its gradient
+    gathered = 2 * (2 * parameters + learning) / cfg.layers
     inside = 2 * (11 * cfg.width + 4 * cfg.mlp)                # what the backward of a block needs of a token
     # a recomputed block keeps its input alone, but one of them at a time has everything
     kept = recomputed * 2 * cfg.width + min(cfg.layers, cfg.layers - recomputed + 1) * inside
@@ -59,19 +66,20 @@ def sampling_memory(model, pixels, images, low_memory):
     return weights + max(kept + work, autoencoder) + (0 if low_memory else 0.33e9)
 
 
-def blocks_to_recompute(cfg, parameters, tokens, averaged, world, available, wanted=None):
+def blocks_to_recompute(model, tokens, averaged, world, available, wanted=None):
     """-> blocks the backward recomputes, `wanted` or as few as `available` bytes need, and a report.
 
     available None: no limit is known. InputError if even that does not fit."""
-    needs = [memory(cfg, parameters, tokens, averaged, world, blocks) for blocks in range(cfg.layers + 1)]
+    layers = model.cfg.layers
+    needs = [memory(model, tokens, averaged, world, blocks) for blocks in range(layers + 1)]
     if wanted is None:
         # the rest is for the allocator's losses, which are not in the estimate
         limit = 0.8 * available if available else float("inf")
-        wanted = next((blocks for blocks, need in enumerate(needs) if need < limit), cfg.layers)
-    wanted = min(wanted, cfg.layers)
+        wanted = next((blocks for blocks, need in enumerate(needs) if need < limit), layers)
+    wanted = min(wanted, layers)
     has = f", of {available / 1e9:.1f} GB there" if available else ""
     report = (f"memory: about {needs[wanted] / 1e9:.1f} GB on each of {world} devices{has}, with {wanted} of "
-              f"{cfg.layers} blocks recomputed (--checkpointing); {needs[0] / 1e9:.1f} GB with none, "
+              f"{layers} blocks recomputed (--checkpointing); {needs[0] / 1e9:.1f} GB with none, "
               f"{needs[-1] / 1e9:.1f} GB with all")
     if available and needs[wanted] > available:
         raise InputError(f"{report}: take more GPUs, a smaller --micro-batch or --size, more --checkpointing")

@@ -14,6 +14,9 @@ def flag_parser(presets):
     flag("--preset", choices=presets, default="toy", help="starting values; any flag overrides them")
     flag("--data", help=f"{', '.join(WORLDS)}, or a JSONL file of image pairs")
     flag("--init", help="weights to start from: a checkpoint of this script, or omnigen:FOLDER, OmniGen-v1")
+    flag("--lora", type=NONE_OR_MORE, default=0, help="freeze that model and train adapters of this rank")
+    flag("--lora-alpha", type=COUNT, help="adapters count alpha / rank times; the rank if not given")
+    flag("--lora-mlp", action="store_true", help="adapters for the feed-forward too, not only for attention")
     flag("--latents", help="folder of `python -m pretrained.latents`; DATA.latents if not given")
     flag("--val-data", help="a JSONL file that is held out, OmniGen: with latents; a toy world has its own")
     flag("--skip-bad", type=NONE_OR_MORE, default=0, help="bad rows of a JSONL file to leave out")
@@ -74,13 +77,19 @@ def flag_parser(presets):
     return p
 
 
-def parse_flags(presets):
-    """The flags of the command line; presets: {name: {flag: value}}, what a preset sets."""
+def parse_flags(presets, lora):
+    """The flags of the command line; presets: {name: {flag: value}}, what a preset sets; lora: {flag: value},
+    what --lora sets."""
     p = flag_parser(presets)
-    preset = argparse.ArgumentParser(add_help=False)       # looked at first: --help shows its values
+    preset = Parser(add_help=False)       # looked at first: --help shows its values
     preset.add_argument("--preset", default="toy")
-    p.set_defaults(**presets.get(preset.parse_known_args()[0].preset, {}))
+    preset.add_argument("--lora", type=NONE_OR_MORE)
+    first = preset.parse_known_args()[0]
+    p.set_defaults(**presets.get(first.preset, {}) | (lora if first.lora else {}))
     flags = p.parse_args()
+    if flags.lora and not flags.init or (flags.lora_alpha or flags.lora_mlp) and not flags.lora:
+        p.error("--lora RANK adapts the model that --init names; --lora-alpha and --lora-mlp go with it")
+    flags.lora_alpha = flags.lora_alpha or flags.lora
     flags.out = flags.out or f"out/{flags.preset}"
     if flags.corruption == "mask-noise" and flags.mask_token != "zero":
         p.error("--corruption mask-noise blanks patches, which needs --mask-token zero")

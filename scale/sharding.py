@@ -28,6 +28,11 @@ def shard(model, device, bf16):
             register_fsdp_forward_method(model, method)
 
 
+def trained(module):
+    """{name: parameter} of those that are trained; what is under an adapter is not."""
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
 def reshard(model):
     """Let go of weights that sampling has gathered: between two steps they are the averaged ones."""
     if isinstance(model, FSDPModule):
@@ -39,7 +44,7 @@ def averaged(model, average):
     """Inside, the model has its averaged weights."""
     @torch.no_grad()
     def swap():
-        for p, mean in zip(model.parameters(), average):
+        for p, mean in zip(trained(model).values(), average):
             old = p.clone()
             p.copy_(mean)
             mean.copy_(old)

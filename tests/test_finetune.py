@@ -206,7 +206,7 @@ def test_previews_and_recomputed_blocks_leave_the_training_alone(world, tmp_path
     a, b = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("with", "without"))
     assert all(a["model"][key].equal(b["model"][key]) for key in a["model"])
     # any checkpoint can be sampled, with the folder it was started from
-    editor = load_editor(SimpleNamespace(ckpt=tmp_path / "with/last.pt", init=f"omnigen:{folder}", pause_token="<|placeholder1|>", compile=False),
+    editor = load_editor(SimpleNamespace(ckpt=tmp_path / "with/last.pt", init=f"omnigen:{folder}", pause_token="<|placeholder1|>", compile=False, lora=None),
                          torch.device("cpu"))
     assert all(p.equal(a["ema"][name]) for name, p in editor.model.named_parameters())
     with pytest.raises(InputError, match="last.pt: a fine-tuned OmniGen, .*: add --init omnigen:FOLDER"):

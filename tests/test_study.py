@@ -32,7 +32,7 @@ FLAGS = ["--data", "simple", *SMALL, "--steps", "1", "--warmup", "0", "--lr", "1
 def parsed(monkeypatch):
     def parse(*flags):
         monkeypatch.setattr(sys, "argv", ["train.py", *flags])
-        return train.parse_flags(train.PRESETS)
+        return train.parse_flags(train.PRESETS, train.LORA)
     return parse
 
 
