@@ -190,7 +190,8 @@ def make_prompt(tokenizer, instruction, n_images=0, plan=(), pauses=0):
     - at inference, `pauses` pause tokens (Eq. 8).
 
     Pause tokens are ordinary tokens of the prompt. They add positions that the target can attend to, and they
-    also shift the target's RoPE positions by as many. Without --p-plan training never shows one."""
+    also shift the target's RoPE positions by as many. Without --p-plan and --max-pauses training never shows
+    one."""
     prompt = place_images(instruction, n_images, tokenizer.images_first)
     for step in plan:
         prompt += f" {step} {tokenizer.pause}"
@@ -303,28 +304,31 @@ def training_prompt(tokenizer, sample, rng, p_drop, p_plan, p_masked_source):
     return make_prompt(tokenizer, instruction, len(images), sample.plan if plan < p_plan else ()), images
 
 
-def make_batch(dataset, indices, tokenizer, patch, seed, p_drop, p_plan, p_masked_source, max_gap=0):
+def make_batch(dataset, indices, tokenizer, patch, seed, p_drop, p_plan, p_masked_source, max_gap=0,
+               max_pauses=0):
     """The samples of these indices, targets of one size -> Batch. Depends on (seed, index) alone.
 
     max_gap: the target stands 0 to max_gap positions behind its prompt, as if prompts had many lengths. Else
-    a model of short prompts learns the distance by heart, and longer ones (pause tokens) ruin its copying."""
+    a model of short prompts learns the distance by heart, and longer ones (pause tokens) ruin its copying.
+    max_pauses: 0 to max_pauses pause tokens end the prompt, as in Eq. 8, which the paper never trains."""
     targets, sources, edit, seeds, prompts, images, gaps = [], [], [], [], [], [], []
     for index in indices:
         sample = dataset.sample(index)
         rng = random.Random(f"batch/{seed}/{index}")
         seeds.append(rng.getrandbits(62))
         prompt, own = training_prompt(tokenizer, sample, rng, p_drop, p_plan, p_masked_source)
-        prompts.append(prompt)
-        images.append(own)
         gaps.append(rng.randint(0, max_gap))
+        prompts.append(make_prompt(tokenizer, prompt, len(own), pauses=rng.randint(0, max_pauses)))
+        images.append(own)
         # without the images that p_drop took away it is text-to-image, as in OmniGen
         comparable = bool(own) and sample.images[0].shape == sample.target.shape
         edit.append(comparable)
-        targets.append(to_tensor(sample.target))
-        sources.append(to_tensor(sample.images[0]) if comparable else targets[-1])
+        targets.append(sample.target)
+        sources.append(sample.images[0] if comparable else sample.target)
     condition = make_condition(tokenizer, prompts, images, patch)
     condition.gap = torch.tensor(gaps)                                              # (B,)
-    return Batch(torch.stack(targets), condition, torch.stack(sources), torch.tensor(edit), seeds)
+    stack = torch.stack if torch.is_tensor(targets[0]) else np.stack
+    return Batch(to_tensor(stack(targets)), condition, to_tensor(stack(sources)), torch.tensor(edit), seeds)
 
 
 def micro_batches(dataset, size):
@@ -352,7 +356,7 @@ class MicroBatches(torch.utils.data.Dataset):
         flags = self.flags
         try:
             batch = make_batch(self.dataset, indices, self.tokenizer, P, flags.seed, flags.p_drop,
-                               flags.p_plan, flags.p_masked_source, flags.max_gap)
+                               flags.p_plan, flags.p_masked_source, flags.max_gap, flags.max_pauses)
         except InputError as error:
             if torch.utils.data.get_worker_info() is None:
                 raise

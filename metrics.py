@@ -14,16 +14,18 @@ import time
 from pathlib import Path
 
 import numpy as np
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from common.charts import line_charts, markdown, mean_or_none
-from common.cli import COUNT, FINITE, GUIDANCE, NONE_OR_MORE, add_command, parser, run_script, two_times
+from common.cli import (COUNT, FINITE, GUIDANCE, NONE_OR_MORE, add_command, add_device, parser, run_script,
+                        two_times)
 from common.devices import processes
-from common.files import InputError, finished, make_folder, write_json, write_jsonl, write_text
+from common.files import InputError, make_folder, write_json, write_jsonl, write_text
 from common.images import open_image
+from common.results import read_results
 from data import Shapes, make_prompt, to_array, to_tensor
-from pretrained.encoders import clip_pixels, dino_pixels, direction, direction_pixels, load_clip, load_dino
+from pretrained.encoders import direction
+from pretrained.judges import cosine, load_judges
 from sample import best, generate, load_checkpoint, noise
 from toy.oracle import judge
 from toy.world import CAPTIONS, EDITS, WORLDS
@@ -92,7 +94,7 @@ def toy_model(path, device="cpu"):
 
 def toy(flags):
     """Scores of a toy model by task on both held-out sets, then those of the source and the target."""
-    device = processes()[2]
+    device = processes(flags.device)[2]
     model, tokenizer, trained = toy_model(flags.ckpt, device)
     world = flags.data or trained["data"]
     if WORLDS[world].size != trained["size"]:
@@ -133,26 +135,6 @@ def reference_scores(world, rows):
 
 # ------------------------------------------------------------------------------------------- real edits
 
-def read_results(folder, scored=True):
-    """The lines that sample.py --data wrote (scored: that `score` wrote, if it ran), in a fixed order."""
-    def read(file):
-        for number, row in enumerate(finished(file), 1):
-            if not {"id", "pauses", "seed"} <= set(row):
-                raise InputError(f"{file}:{number}: no id, pauses and seed: not a line of sample.py --data")
-            yield row
-    rows = [row for file in sorted(Path(folder).glob("results*.jsonl")) for row in read(file)]
-    scores = Path(folder) / "scores.jsonl"
-    if scored and scores.exists():
-        edits = len(rows)
-        rows = list(read(scores))
-        if edits not in (0, len(rows)):
-            raise InputError(f"{scores}: scores of {len(rows)} edits, but there are {edits}; run "
-                             f"`metrics.py score {folder}` again")
-    if not rows:
-        raise InputError(f"{folder}: no results there; sample.py --data FILE.jsonl --out {folder} makes them")
-    return sorted(rows, key=lambda row: (str(row["id"]), row["pauses"], row["seed"]))
-
-
 def distance(image, reference):
     """L1 and L2 of two Images in [0, 1]; the first is resized to the second."""
     a = np.asarray(image.resize(reference.size), np.float64) / 255
@@ -160,27 +142,19 @@ def distance(image, reference):
     return float(np.abs(a - b).mean()), float(np.square(a - b).mean())
 
 
-def edit_metrics(row, folder, clip, tokenizer, dino, against, device):
+def edit_metrics(row, folder, judges, against):
     """Metrics of a row of results; those of the source in the place of the output; number of captions cut.
 
     against: what CLIP-I, DINO, L1 and L2 compare the output with, "target" (MagicBrush) or "source"
     (Emu-Edit). A metric that is not defined for a row is None: without a reference, a source or a caption,
     or where the two captions are alike."""
-    def encode(model, pixels):
-        return model.image_features(pixels[None].to(device))[0].float().cpu()       # (features,)
-    seen = {}
-    for key in {"source", "output", against}:
-        if row.get(key):
-            image = open_image(folder / row[key])
-            seen[key] = {"image": image, "clip": encode(clip, clip_pixels(image, clip.size)),
-                         "dino": encode(dino, dino_pixels(image)),
-                         "direct": encode(clip, direction_pixels(image, clip.size))}
+    images = {key: open_image(folder / row[key]) for key in {"source", "output", against} if row.get(key)}
+    seen = {key: judges.see(image) for key, image in images.items()}
     texts = {}
     cut = 0
     for key in ("source_caption", "target_caption"):
         if row.get(key):
-            ids, too_long = tokenizer([row[key]])
-            texts[key] = clip.text_features(ids.to(device))[0].float().cpu()        # (features,)
+            texts[key], too_long = judges.read(row[key])
             cut += too_long
     captions_differ = len(texts) == 2 and row["source_caption"] != row["target_caption"]
 
@@ -188,41 +162,33 @@ def edit_metrics(row, folder, clip, tokenizer, dino, against, device):
         found = dict.fromkeys(EDIT_METRICS)
         if key not in seen:
             return found
-        output = seen[key]
         if against in seen:
-            reference = seen[against]
-            found["clip_i"] = cosine(output["clip"], reference["clip"])
-            found["dino"] = cosine(output["dino"], reference["dino"])
-            found["l1"], found["l2"] = distance(output["image"], reference["image"])
+            found["clip_i"] = cosine(seen[key]["clip"], seen[against]["clip"])
+            found["dino"] = cosine(seen[key]["dino"], seen[against]["dino"])
+            found["l1"], found["l2"] = distance(images[key], images[against])
         if "target_caption" in texts:
-            found["clip_t"] = cosine(output["clip"], texts["target_caption"])
+            found["clip_t"] = cosine(seen[key]["clip"], texts["target_caption"])
         if "source" in seen:
-            source = seen["source"]
-            found["copied"] = float(distance(output["image"], source["image"])[0] < 0.01)
+            found["copied"] = float(distance(images[key], images["source"])[0] < 0.01)
             if captions_differ:
-                value = direction(source["direct"], output["direct"], texts["source_caption"],
+                value = direction(seen["source"]["direct"], seen[key]["direct"], texts["source_caption"],
                                   texts["target_caption"])
                 found["clip_dir"] = None if value.isnan() else value.item()
         return found
     return scores("output"), scores("source"), cut
 
 
-def cosine(a, b):
-    return F.cosine_similarity(a, b, dim=0).item()
-
-
 def score(flags):
     """CLIP-I, DINO, CLIP-T, CLIP-Dir, L1, L2 and share of copies by task, beside the source's own."""
-    device = processes()[2]
+    device = processes(flags.device)[2]
     folder = Path(flags.folder)
-    clip, tokenizer = load_clip(flags.clip, device)
-    dino = load_dino(flags.dino, device)
+    judges = load_judges(flags.clip, flags.dino, device)
     rows = read_results(folder, scored=False)
     against = flags.against or ("target" if all(row.get("target") for row in rows) else "source")
     done = []
     cut = 0
     for row in tqdm(rows, desc="scores"):
-        scores, identity, too_long = edit_metrics(row, folder, clip, tokenizer, dino, against, device)
+        scores, identity, too_long = edit_metrics(row, folder, judges, against)
         done.append({**row, **scores, "identity": identity})
         cut += too_long
 
@@ -412,11 +378,13 @@ def main():
     command.add_argument("--text-scale", type=GUIDANCE, default=1.0, help="guidance by the prompt; 1 = none")
     command.add_argument("--image-scale", type=GUIDANCE, default=1.0, help="guidance by the image; 1 = none")
     command.add_argument("--guidance-interval", type=two_times, default=(0.0, 1.0))
+    add_device(command)
     command.add_argument("--out", help="the scores as JSON; toy.json beside the checkpoint if not given")
     command = add_command(commands, score)
     command.add_argument("folder", help="made by sample.py --data")
     command.add_argument("--clip", required=True, help="folder of a CLIP of OpenAI: clip-vit-base-patch32")
     command.add_argument("--dino", required=True, help="folder dino-vits16, or dino_deitsmall16_pretrain.pth")
+    add_device(command)
     command.add_argument("--against", choices=("source", "target"), help="target if every row has one")
     command = add_command(commands, select)
     command.add_argument("folder", help="made by sample.py --data --pauses ... --seeds ..., then scored")

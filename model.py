@@ -118,7 +118,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x):
-        if x.is_cuda or x.dtype != torch.float32:
+        if x.device.type != "cpu" or x.dtype != torch.float32:
             # autocast would turn a bf16 stream into float32 and back
             with torch.autocast(x.device.type, enabled=False):
                 return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)

@@ -6,17 +6,18 @@
 
 Euler steps along the flow, three-branch guidance with the condition encoded once per output
 (`Transformer.encode`), and the paper's inference-time scaling (Eq. 8, Sec. 6.1): one candidate for each
-number of pause tokens and each seed. On the toy the oracle selects one; without an oracle the first is
-taken. Writes the chosen image, a contact sheet of all candidates, and a JSON line for each.
+number of pause tokens and each seed. On the toy the oracle selects one, among photographs CLIP and DINO
+(--clip, --dino); without a judge the first is taken. Writes the chosen image, a contact sheet of all
+candidates, and a JSON line for each.
 """
 import itertools
-import json
 import math
 import os
+import re
 import textwrap
 import time
-import zlib
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,14 +26,16 @@ import torch
 from tqdm import tqdm
 
 import magd
-from common.cli import (COUNT, GUIDANCE, NONE_OR_MORE, SHARE, numbers, parser, run_script, two_times,
-                        utf8_text, width_and_height)
+from common.cli import (COUNT, GUIDANCE, NONE_OR_MORE, SHARE, add_device, numbers, parser, run_script,
+                        two_times, utf8_text, width_and_height)
 from common.devices import autocast, compile_blocks, is_first, processes
-from common.files import InputError, append, finished, make_folder, read_bytes, relative, write_jsonl
+from common.files import InputError, write_jsonl
 from common.images import open_image, save_image, sheet
-from common.rows import BadRows, below, checksum, output_path, read_rows
+from common.results import edit_file
+from common.rows import TAG
 from data import Words, fit, make_condition, make_prompt, to_array, to_tensor
 from model import Transformer
+from pretrained.judges import load_judges, photo_scores
 from pretrained.omnigen import BPE, load_omnigen, omnigen_folder, prepare
 from pretrained.vae import VAE, load_vae
 from scale.checkpoints import config_of, read_checkpoint
@@ -131,6 +134,22 @@ def select(scores, threshold):
     if chosen is None:
         return best(scores, "faithfulness"), False
     return chosen, True
+
+
+ADHERENCE = ("adherence", "clip_dir", "clip_t")            # whichever was measured
+FAITHFULNESS = ("faithfulness", "dino")
+
+
+def choose(records, threshold):
+    """`select` on the scores of an oracle or of CLIP and DINO. threshold None: 0.9 for the oracle, 0.91 for
+    DINO (Table 3). Without a source all are faithful; without scores: None."""
+    names = [next((key for key in keys if key in records[0]), None) for keys in (ADHERENCE, FAITHFULNESS)]
+    if names[0] is None:
+        return None
+    if threshold is None:
+        threshold = 0.91 if names[1] == "dino" else 0.9
+    return select([{"adherence": record[names[0]], "faithfulness": record.get(names[1], 1.0)}
+                   for record in records], threshold)
 
 
 # ------------------------------------------------------------------------------------------- models
@@ -256,95 +275,31 @@ def preview(editor, dataset, path, flags, device, n=8):
 
 # ------------------------------------------------------------------------------------------- a file
 
-def inputs_of(row):
-    """A checksum of what a result depends on: the row's instruction and its images."""
-    return checksum(row["instruction"], [zlib.crc32(read_bytes(name)) for name in row["input_images"]])
+def scores_of(editor, judges, sources, instruction, output, source_caption, target_caption):
+    """What the oracle of the toy, or CLIP and DINO, say of an output -> {score: number}, perhaps none."""
+    source = sources[0] if sources else None
+    if editor.world:
+        return judge(editor.world, source, instruction, output)
+    if judges is None:
+        return {}
+    text = target_caption or re.sub(f"<img>{TAG}</img>", " ", instruction)
+    return photo_scores(judges, source, output, source_caption, text)
 
 
-def edit_row(editor, flags, row, pauses, seed, device):
-    """Edit one row -> output (h, w, 3) uint8, its scores where an oracle can judge it."""
+def edit_row(editor, flags, device, judges, row, pauses, seed):
+    """Edit one row -> output (h, w, 3) uint8, its scores if there is a judge."""
     sources = [open_source(path, editor.size) for path in row["input_images"]]
     output = edit(editor, flags, sources, row["instruction"], pauses, seed, device, progress=False)
-    scores = {}
-    if editor.world:
-        scores = judge(editor.world, sources[0] if sources else None, row["instruction"], output)
-        if sources:
-            scores["identity"] = judge(editor.world, sources[0], row["instruction"], sources[0])
+    captions = (row.get("source_caption"), row.get("target_caption"))
+    scores = scores_of(editor, judges, sources, row["instruction"], output, *captions)
+    if editor.world and sources:
+        scores["identity"] = judge(editor.world, sources[0], row["instruction"], sources[0])
     return output, scores
-
-
-def make_record(out, number, row, pauses, seed, path, scores):
-    """The line of a result: the row's own keys, paths relative to `out`, scores."""
-    paths = {"source": row["input_images"][0] if row["input_images"] else None, "target": row["output_image"],
-             "output": path}
-    dropped = ("input_images", "output_image", "mask", "id", "save_as", "save_also")
-    return {**{key: value for key, value in row.items() if key not in dropped},
-            "id": number, "item": row.get("id"), "inputs": inputs_of(row), "pauses": pauses, "seed": seed,
-            **scores, **{key: value and relative(value, out) for key, value in paths.items()}}
-
-
-SETTINGS = ("ckpt", "init", "steps", "text_scale", "image_scale", "guidance_interval", "negative_prompt",
-            "pause_token", "size")
-
-
-def edit_file(editor, flags, rank, world, device):
-    """Edit every row of a JSONL file, one candidate for each number of pauses and each seed; a line of
-    results.RANK.jsonl each. Continues where a killed run stopped. Under torchrun the processes share the
-    rows."""
-    out = make_folder(flags.out)
-    bad = BadRows(flags.skip_bad)
-    rows = dict(read_rows(flags.data, targets=False, bad=bad))         # {line: row}
-    taken = {}
-    paths = {}                            # where each output goes, known before the first edit
-    for number, row in rows.items():
-        for pauses, seed in itertools.product(flags.pauses, flags.seeds):
-            try:
-                paths[number, pauses, seed] = output_path(out, number, row, pauses, seed, taken)
-            except InputError as error:
-                raise InputError(f"{flags.data}:{number}: {error}") from None
-
-    settings = {key: getattr(flags, key) for key in SETTINGS}
-    weights = flags.ckpt or omnigen_folder(flags.init) / "config.json"     # written whenever the weights are
-    settings = json.loads(json.dumps({**settings, "data": str(Path(flags.data).resolve()),
-                                      "weights_written": os.path.getmtime(weights)}))
-    results = out / f"results.{rank}.jsonl"
-    finished(results, cut=True)
-    old = [record for file in sorted(out.glob("results.*.jsonl")) for record in finished(file)]
-    for record in old:
-        if record.get("settings") != settings:
-            raise InputError(f"--out {out}: it holds results of {record.get('settings')}, not of {settings}")
-    for number, inputs in {record["id"]: record.get("inputs") for record in old}.items():
-        if number not in rows or inputs != inputs_of(rows[number]):
-            raise InputError(f"{flags.data}:{number}: --out {out} holds a result of this line for another "
-                             f"instruction or other images; take another --out")
-    done = {(record["id"], record["pauses"], record["seed"]) for record in old}
-    todo = [key for key in paths if key[0] % world == rank and key not in done]
-    new = 0
-    broken = set()                        # lines
-    for number, pauses, seed in tqdm(todo, desc="edits", disable=rank > 0):
-        if number in broken:
-            continue
-        try:
-            output, scores = edit_row(editor, flags, rows[number], pauses, seed, device)
-        except InputError as error:
-            bad.skip(InputError(f"{flags.data}:{number}: {error}"))
-            broken.add(number)
-            continue
-        row = rows[number]
-        path = paths[number, pauses, seed]
-        save_image(output, path)
-        for name, record in (row.get("save_also") or {}).items():
-            write_jsonl(below(out, name, pauses, seed), [record])
-        record = make_record(out, number, row, pauses, seed, path, scores)
-        append(results, {**record, "settings": settings})
-        new += 1
-    skipped = f"; {bad.skipped} bad rows skipped" if bad.skipped else ""
-    print(f"{out}: {new} new edits, {len(paths)} in all{skipped}" + f" (process {rank})" * (world > 1))
 
 
 # ------------------------------------------------------------------------------------------- one prompt
 
-def edit_prompt(editor, flags, device):
+def edit_prompt(editor, flags, judges, device):
     """All candidates of one prompt: the chosen one, a sheet and a JSONL file."""
     out = Path(flags.out)
     page = out.with_name(f"{out.stem}_sheet.png")
@@ -358,21 +313,23 @@ def edit_prompt(editor, flags, device):
     for pauses, seed in itertools.product(flags.pauses, flags.seeds):
         output = edit(editor, flags, sources, flags.prompt, pauses, seed, device)
         outputs.append(output)
-        records.append({"pauses": pauses, "seed": seed})
+        scores = scores_of(editor, judges, sources, flags.prompt, output, flags.source_caption,
+                           flags.target_caption)
+        records.append({"pauses": pauses, "seed": seed, **scores})
     seconds = (time.perf_counter() - start) / flags.steps / len(records)
     height, width, _ = outputs[0].shape
     print(f"{width} x {height} pixels; {len(records)} candidates of {flags.steps} steps, {seconds:.3f} s a "
           f"step, all included")
 
-    chosen = 0
-    if editor.world:
-        for record, output in zip(records, outputs):
-            record.update(judge(editor.world, sources[0] if sources else None, flags.prompt, output))
-        chosen, passed = select(records, flags.threshold)
-        if not passed:
-            print(f"no candidate reaches faithfulness {flags.threshold}: the most faithful one is chosen")
-    elif len(records) > 1:
-        print("no oracle for this model's images: the first candidate is chosen, compare them on the sheet")
+    chosen, passed = choose(records, flags.threshold) or (0, True)
+    if not passed:
+        print("no candidate is as faithful as --threshold asks for: the most faithful one is chosen")
+    if "clip_t" in records[0]:
+        text = "target caption" if flags.target_caption else "instruction"
+        print(f"adherence is CLIP-T of the {text}; CLIP-Dir needs an image and two captions that differ")
+    elif len(records) > 1 and len(records[0]) == 2:
+        print("no judge of this model's images (--clip, --dino): the first candidate is chosen, compare them "
+              "on the sheet")
 
     cells = [(source, "source", False) for source in sources[:1]]
     for k, (record, output) in enumerate(zip(records, outputs)):
@@ -386,7 +343,7 @@ def edit_prompt(editor, flags, device):
 
 
 def caption(record):
-    scores = [f"{key} {record[key]:.2f}" for key in ("adherence", "faithfulness") if key in record]
+    scores = [f"{key} {record[key]:.2f}" for key in ADHERENCE + FAITHFULNESS if key in record]
     return "\n".join([f"{record['pauses']} pauses, seed {record['seed']}", *scores])
 
 
@@ -403,7 +360,11 @@ def parse_flags():
     p.add_argument("--pauses", type=numbers(4096), default=[0],
                    help="numbers of pause tokens, one candidate each")
     p.add_argument("--seeds", type=numbers(2**63 - 1), default=[0], help="noise seeds, one candidate each")
-    p.add_argument("--threshold", type=SHARE, default=0.9, help="least faithfulness to be chosen (0.9)")
+    p.add_argument("--threshold", type=SHARE, help="least faithfulness to be chosen (oracle 0.9, DINO 0.91)")
+    p.add_argument("--clip", help="judge photographs: a folder clip-vit-base-patch32, with --dino")
+    p.add_argument("--dino", help="folder dino-vits16, or dino_deitsmall16_pretrain.pth")
+    for which in ("source", "target"):
+        p.add_argument(f"--{which}-caption", type=utf8_text, help=f"says what the {which} shows; for CLIP")
     p.add_argument("--steps", type=COUNT, help="Euler steps (20; OmniGen 50)")
     p.add_argument("--text-scale", type=GUIDANCE, help="guidance by the prompt; 1 = none (1; OmniGen 2.5)")
     p.add_argument("--image-scale", type=GUIDANCE, help="guidance by the image; 1 = none (1; OmniGen 1.5)")
@@ -416,11 +377,14 @@ def parse_flags():
     p.add_argument("--pause-token", default="<|placeholder1|>", help="OmniGen: a word of its tokenizer.json")
     p.add_argument("--compile", action="store_true", help="torch.compile: minutes at the start")
     p.add_argument("--low-memory", action="store_true", help="run the branches of guidance one by one")
+    add_device(p)
     p.add_argument("--skip-bad", type=NONE_OR_MORE, default=0, help="--data: bad rows to leave out (0)")
     p.add_argument("--out", default="edit.png", help="the image; with --data a folder")
     flags = p.parse_args()
     if not flags.ckpt and not flags.init:
         p.error("give --ckpt, a checkpoint of train.py, or --init omnigen:FOLDER")
+    if bool(flags.clip) != bool(flags.dino):
+        p.error("--clip and --dino judge together: give both or none")
     if bool(flags.prompt) == bool(flags.data) or flags.data and flags.image:
         p.error("give either --prompt (and --image), or --data, a JSONL file")
     defaults = (50, 2.5, 1.5) if flags.init else (20, 1.0, 1.0)
@@ -432,17 +396,19 @@ def parse_flags():
 
 def main():
     flags = parse_flags()
-    rank, world, device = processes()
+    rank, world, device = processes(flags.device)
     out = Path(flags.out)
     if not flags.data:
         writable = out.parent.is_dir() and os.access(out.parent, os.W_OK)
         if out.suffix.lower() not in (".png", ".jpg", ".jpeg") or not writable:
             raise InputError(f"--out {out}: a .png or .jpg file in a folder that can be written is needed")
     editor = load_editor(flags, device)
+    judges = load_judges(flags.clip, flags.dino, device) if flags.clip and not editor.world else None
     if flags.data:
-        edit_file(editor, flags, rank, world, device)
+        weights = flags.ckpt or omnigen_folder(flags.init) / "config.json"
+        edit_file(flags, weights, partial(edit_row, editor, flags, device, judges), choose, rank, world)
     else:
-        edit_prompt(editor, flags, device)
+        edit_prompt(editor, flags, judges, device)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     python train.py --preset shapes64                a larger toy, for a GPU
     python train.py --data pairs.jsonl --size 32     your own image pairs, in pixels
     torchrun --nproc-per-node 4 train.py ...         the same on several GPUs
-    python train.py --preset small --data hard --init out/small/last.pt --out out/hard
+    python train.py --data hard --init out/toy/last.pt --out out/hard
                                                      continue from a checkpoint, on other data
     torchrun --nproc-per-node 8 train.py --preset omnigen --init omnigen:OmniGen-v1 --data pairs.jsonl
                                                      fine-tune OmniGen-v1, the paper's run
@@ -13,7 +13,6 @@ Everything random is a function of the seed and the index of the sample. So a re
 had not been interrupted (bit for bit on a CPU), and several processes give the result of one up to rounding.
 Start reading at `train`: set-up, then the loop.
 """
-import argparse
 import gc
 import itertools
 import math
@@ -31,8 +30,7 @@ from tqdm import tqdm
 
 import magd
 from common.charts import plot_losses
-from common.cli import (COUNT, FINITE, GUIDANCE, NONE_OR_MORE, POSITIVE, SEED, SHARE, ZERO_OR_MORE, Parser,
-                        run_script)
+from common.cli import run_script
 from common.devices import autocast, catch_signals, compile_blocks, fast_bf16, start_processes
 from common.files import InputError, append, finished, make_folder, write_json, write_jsonl
 from common.muon import Muon
@@ -46,17 +44,15 @@ from pretrained.omnigen import export, omnigen_folder
 from sample import Editor, load_checkpoint, omnigen_editor, preview
 from scale.checkpoints import check_resume, check_space, keep, read_checkpoint, restore, save_checkpoint
 from scale.cost import blocks_to_recompute, peak_tflops
+from scale.flags import parse_flags
 from scale.sharding import averaged, shard
 from toy.world import WORLDS
 
-# ------------------------------------------------------------------------------------------- flags
+# ------------------------------------------------------------------------------------------- presets
 
-PRESETS = {                               # what a preset sets; all else has the defaults below
+PRESETS = {                               # what a preset sets; all else has the defaults of scale/flags.py
     "toy": dict(data="shapes", size=16, patch=4, width=96, layers=8, heads=6, mlp=192, batch=64, steps=1400,
                 lr=6e-3, muon_lr=0.03, t_mean=-0.8, max_gap=32, jump=0.7, eval_steps=10),
-    # for experiments: many runs of some minutes
-    "small": dict(data="simple", size=16, patch=4, width=128, layers=3, heads=4, mlp=256, batch=64,
-                  steps=1000, lr=6e-3, muon_lr=0.03, t_mean=-0.4, max_gap=32, eval_steps=10),
     "shapes64": dict(data="shapes64", size=64, patch=4, width=384, layers=8, heads=6, mlp=1024, batch=256,
                      steps=10000, lr=1e-3, muon_lr=0.01, warmup=200, ema=0.999, p_plan=0.5,
                      p_masked_source=0.5, max_gap=32),
@@ -65,104 +61,6 @@ PRESETS = {                               # what a preset sets; all else has the
                     ema=0.0, edit_weight=True, p_plan=0.5, p_masked_source=0.5, checkpointing=None,
                     eval_steps=50, text_scale=2.5, image_scale=1.5, log_every=1),
 }
-
-
-def flag_parser():
-    p = Parser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    flag = p.add_argument
-    switch = argparse.BooleanOptionalAction
-    flag("--preset", choices=PRESETS, default="toy", help="starting values; any flag overrides them")
-    flag("--data", help=f"{', '.join(WORLDS)}, or a JSONL file of image pairs")
-    flag("--init", help="weights to start from: a checkpoint of this script, or omnigen:FOLDER, OmniGen-v1")
-    flag("--latents", help="folder of `python -m pretrained.latents`; DATA.latents if not given")
-    flag("--skip-bad", type=NONE_OR_MORE, default=0, help="bad rows of a JSONL file to leave out")
-    flag("--out", help="folder of the run; out/PRESET if not given")
-    flag("--resume", action="store_true", help="continue from last.pt in --out; --steps may grow")
-    flag("--seed", type=SEED, default=0)
-    # model
-    flag("--size", type=COUNT, help="pixels of a side, OmniGen: the longer one; a toy world has its own")
-    flag("--patch", type=COUNT)
-    flag("--width", type=COUNT)
-    flag("--layers", type=COUNT)
-    flag("--heads", type=COUNT)
-    flag("--mlp", type=COUNT, help="hidden width of the feed-forward")
-    flag("--checkpointing", type=NONE_OR_MORE, default=0, help="blocks the backward recomputes: less "
-         "memory, up to a third more work; OmniGen: as few as the GPU's memory needs, if not given")
-    flag("--prediction", choices=magd.PREDICTIONS, default="velocity", help="what the network's output means")
-    # the paper
-    flag("--p-magd", type=SHARE, default=0.5, help="chance that a noisy sample is masked; 0 = no masking")
-    flag("--tau", type=SHARE, default=0.7, help="least noise level 1 - t of a masked sample")
-    flag("--r-mask", type=SHARE, default=0.25, help="share of tokens masked in a masked sample")
-    flag("--corruption", choices=magd.CORRUPTIONS, default="noise-mask", help="the paper's is noise-mask")
-    flag("--mask-token", choices=("learned", "zero"), default="learned")
-    flag("--t-mean", type=FINITE, default=0.0, help="mean of the logit of t; below 0: more noise")
-    flag("--edit-weight", action=switch, default=False, help="OmniGen's weight on an edit's changed region")
-    flag("--p-drop", type=SHARE, default=0.1, help="chance that a prompt is emptied")
-    flag("--p-plan", type=SHARE, default=0.0, help="chance that a prompt carries its expressive plan")
-    flag("--p-masked-source", type=SHARE, default=0.0, help="chance of the masked source as one more image")
-    flag("--max-gap", type=NONE_OR_MORE, default=0, help="most positions a target is moved by, at random")
-    flag("--p-edit", type=SHARE, default=0.5, help="OmniGen: share of edits; the rest is text-to-image")
-    flag("--pause-token", default="<|placeholder1|>", help="OmniGen: a word of its tokenizer.json")
-    # optimisation
-    flag("--steps", type=COUNT)
-    flag("--batch", type=COUNT, help="samples a step, over all processes")
-    flag("--micro-batch", type=COUNT, help="samples a process runs at once; all its share if not given")
-    flag("--lr", type=POSITIVE, help="of AdamW")
-    flag("--muon-lr", type=ZERO_OR_MORE, help="of Muon on the matrices of the blocks; 0 = AdamW for all")
-    flag("--weight-decay", type=ZERO_OR_MORE, default=0.0)
-    flag("--warmup", type=NONE_OR_MORE, default=50, help="steps")
-    flag("--clip", type=POSITIVE, default=1.0, help="largest norm of the gradient")
-    flag("--ema", type=SHARE, default=0.99, help="decay of the moving average of the weights; 0 = none")
-    # evaluation
-    flag("--eval-examples", type=NONE_OR_MORE, default=512, help="of each held-out set, at the end")
-    flag("--eval-steps", type=COUNT, default=20, help="Euler steps")
-    flag("--jump", type=SHARE, default=1.0, help="time of the last sampling step; 1: equal steps")
-    flag("--text-scale", type=GUIDANCE, default=1.0)
-    flag("--image-scale", type=GUIDANCE, default=1.0)
-    # system
-    flag("--bf16", action=switch, default=True, help="bf16 matrix products where the device is fast at them")
-    flag("--compile", action=switch, default=False, help="torch.compile the blocks: minutes at the start")
-    flag("--workers", type=NONE_OR_MORE, help="processes that make batches; if not given, 0 on a CPU, "
-         "with a GPU its share of the cores, at most 16")
-    flag("--log-every", type=COUNT, default=20)
-    flag("--save-every", type=COUNT, default=200)
-    flag("--keep-every", type=NONE_OR_MORE, default=0, help="also a checkpoint that stays, step_000400.pt")
-    flag("--sample-every", type=COUNT, default=400)
-    return p
-
-
-def parse_flags():
-    p = flag_parser()
-    preset = argparse.ArgumentParser(add_help=False)       # looked at first: --help shows its values
-    preset.add_argument("--preset", default="toy")
-    p.set_defaults(**PRESETS.get(preset.parse_known_args()[0].preset, {}))
-    flags = p.parse_args()
-    flags.out = flags.out or f"out/{flags.preset}"
-    if flags.corruption == "mask-noise" and flags.mask_token != "zero":
-        p.error("--corruption mask-noise blanks patches, which needs --mask-token zero")
-    if flags.corruption == "mask" and flags.prediction != "velocity":
-        p.error("--corruption mask needs --prediction velocity")
-    if flags.preset == "omnigen" or (flags.init or "").startswith("omnigen:"):
-        check_omnigen_flags(p, flags)
-        return flags
-    if flags.data in WORLDS:
-        flags.size = WORLDS[flags.data].size
-    if flags.size % flags.patch:
-        p.error(f"--size {flags.size} is not a multiple of --patch {flags.patch}")
-    if flags.width % (2 * flags.heads) or flags.width % 4:
-        p.error(f"--width {flags.width} is not a multiple of 4 and of twice --heads {flags.heads}")
-    return flags
-
-
-def check_omnigen_flags(p, flags):
-    named = flags.preset == "omnigen" and (flags.init or "").startswith("omnigen:")
-    if not named or not flags.data or flags.data in WORLDS:
-        p.error("to fine-tune OmniGen-v1: --preset omnigen --init omnigen:FOLDER --data FILE.jsonl")
-    for name in ("patch", "width", "layers", "heads", "mlp", "muon_lr"):
-        if getattr(flags, name):
-            p.error(f"--{name.replace('_', '-')} is for models trained from scratch, not for OmniGen-v1")
-    if flags.prediction != "velocity" or flags.jump < 1:
-        p.error("--prediction and --jump are for models trained from scratch, not for OmniGen-v1")
 
 
 # ------------------------------------------------------------------------------------------- set-up
@@ -299,7 +197,7 @@ def held_out_scores(setup, flags, rank, world, device, say):
 
 def train(flags):
     omnigen = flags.preset == "omnigen"
-    rank, world, device = start_processes(sharded=omnigen)
+    rank, world, device = start_processes(omnigen, flags.device)
     say = print if rank == 0 else lambda *_: None
     micro = flags.micro_batch or max(1, flags.batch // world)
     accumulate = flags.batch // (world * micro)
@@ -439,7 +337,7 @@ def train(flags):
 
 
 def main():
-    train(parse_flags())
+    train(parse_flags(PRESETS))
     if dist.is_initialized():
         gc.collect()                      # before the process group: DDP destroyed after it can deadlock
         dist.barrier()

@@ -29,6 +29,11 @@ def add_command(commands, function):
     return command
 
 
+def add_device(command):
+    command.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
+                         help="auto: CUDA where it is, else the CPU")
+
+
 def number(kind, low=-math.inf, high=math.inf, above=False):
     """The type of a flag: an int or a float in [low, high], or in (low, high] if `above`."""
     def parse(text):

@@ -9,18 +9,27 @@ import torch.distributed as dist
 from common.files import InputError
 
 
-def processes():
-    """-> rank of this process, number of processes (as torchrun says), device of this process."""
+def processes(wanted="auto"):
+    """-> rank of this process, number of processes (as torchrun says), device of this process.
+
+    wanted, the flag --device: cpu, cuda, mps (Apple's GPUs), or auto: CUDA where it is, else the CPU."""
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
-    if not torch.cuda.is_available():
-        return rank, world, torch.device("cpu")
-    return rank, world, torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if wanted == "auto":
+        wanted = "cuda" if there["cuda"] else "cpu"
+    if not there[wanted]:
+        raise InputError(f"--device {wanted}: PyTorch finds no such device here; there are "
+                         f"{', '.join(name for name in there if there[name])}")
+    if wanted == "mps" and world > 1:
+        raise InputError(f"--device mps: {world} processes; it works with one")
+    number = int(os.environ.get("LOCAL_RANK", 0)) if wanted == "cuda" else None
+    return rank, world, torch.device(wanted, number)
 
 
-def start_processes(sharded):
+def start_processes(sharded, wanted="auto"):
     """`processes`, and the group that exchanges gradients; sharded: for one process too, as FSDP2 needs."""
-    rank, world, device = processes()
+    rank, world, device = processes(wanted)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"

@@ -12,8 +12,8 @@ import time
 import torch
 
 from common.charts import markdown
-from common.cli import COUNT, parser, run_script
-from common.devices import autocast, compile_blocks, fast_bf16
+from common.cli import COUNT, add_device, parser, run_script
+from common.devices import autocast, compile_blocks, fast_bf16, processes
 from common.files import write_json
 from common.muon import Muon
 from magd import Draws, draw, magd_loss
@@ -223,12 +223,13 @@ def main():
     p.add_argument("--threads", type=COUNT, help="of the CPU")
     p.add_argument("--compile", action="store_true", help="torch.compile the blocks; first_s is its cost")
     p.add_argument("--repeats", type=COUNT, default=5)
+    add_device(p)
     p.add_argument("--json", help="write the records of speed to this file too")
     flags = p.parse_args()
     torch.manual_seed(0)
     if flags.threads:
         torch.set_num_threads(flags.threads)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = processes(flags.device)[2].type
     where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"torch {torch.__version__}, {where}, bf16 products: {fast_bf16(device)}\n")
     if flags.what == "growth":

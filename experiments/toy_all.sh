@@ -2,7 +2,7 @@
 # Every experiment of RESULTS.md, each arm with seeds 0 to 4, then the tables and figures. Hours on two cores.
 #
 #   bash experiments/toy_all.sh                                all of it
-#   bash experiments/toy_all.sh training masks                 some parts; most need `training` to be there
+#   bash experiments/toy_all.sh base masks                     some parts; most need `base` and `masks` first
 #   bash experiments/toy_all.sh --steps 5 --eval-examples 32   a rehearsal with these flags, in out/rehearsal
 #
 # A run works in out/study/ARM/SEED and is kept in experiments/results.jsonl. A finished run is not repeated,
@@ -10,14 +10,14 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-all="training plans masks corruptions pauses guidance predictions size"
+all="distance base masks pauses plans finite passes corruptions referring scaling guidance predictions length"
 parts=
 while [ $# -gt 0 ] && [[ $1 != --* ]]; do
     [[ " $all " == *" $1 "* ]] || { echo "toy_all.sh: no part $1; there are $all" >&2; exit 1; }
     parts="$parts $1"
     shift
 done
-export PYTHON=${PYTHON:-python} MORE="$*" STUDY=out/study EDITS=160 EXAMPLES=512
+export PYTHON=${PYTHON:-python} MORE="$*" STUDY=out/study EDITS=256 EXAMPLES=1024
 results=experiments/results.jsonl
 if [ -n "$MORE" ]; then
     STUDY=out/rehearsal EDITS=8 EXAMPLES=8
@@ -29,111 +29,162 @@ if "$PYTHON" -c "import sys, torch; sys.exit(torch.cuda.is_available())"; then  
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 fi
 
-once() {                                   # ARM SEED FILE COMMAND: run it unless it has left FILE already
-    local out=$STUDY/$1/$2 file=$3
-    shift 3
+once() {                                   # OUT FILE COMMAND: run it unless it has left FILE in OUT already
+    local out=$1 file=$2
+    shift 2
     [ ! -e "$out/$file" ] || return 0
     mkdir -p "$out"
     echo "$out/$file"
     "$PYTHON" "$@" > "$out/$file.txt" 2>&1 || { tail -n 1 "$out/$file.txt"; return 255; }    # xargs stops
 }
-train() {                                  # ARM SEED FLAGS
+as() {                                     # VARIANT, or "-": how a script is called
+    [ "$1" = - ] && echo -m || echo "-m experiments.variants $1"
+}
+train() {                                  # ARM SEED VARIANT FLAGS
     local out=$STUDY/$1/$2 resume=
     [ ! -e "$out/last.pt" ] || resume=--resume
-    once "$1" "$2" result.json train.py --preset small --seed "$2" --out "$out" $resume "${@:3}" $MORE
+    once "$out" result.json $(as "$3") train --preset toy --seed "$2" --eval-examples $EXAMPLES \
+        --out "$out" $resume "${@:4}" $MORE
 }
-toy() {                                    # ARM SEED MODEL FLAGS: scores of the model of another arm
-    once "$1" "$2" toy.json metrics.py toy --ckpt "$STUDY/$3/$2/last.pt" --steps 10 --examples $EXAMPLES \
-        --out "$STUDY/$1/$2/toy.json" "${@:4}"
-}
-pause_counts() {                           # ARM SEED
+toy() {                                    # ARM SEED VARIANT MODEL FLAGS: scores of the model of another arm
     local out=$STUDY/$1/$2
-    once "$1" "$2" pauses.json -m experiments.study pauses --ckpt "$out/last.pt" --steps 10 \
-        --examples $EDITS --out "$out/pauses.json"
+    once "$out" toy.json $(as "$3") metrics toy --ckpt "$STUDY/$4/$2/last.pt" --steps 10 \
+        --examples $EXAMPLES --out "$out/toy.json" "${@:5}"
 }
-export -f once train toy pause_counts
+measure() {                                # ARM SEED VARIANT WHAT: measured on that arm's own model
+    local out=$STUDY/$1/$2
+    once "$out" "$4.json" $(as "$3") experiments.measure "$4" --ckpt "$out/last.pt" --examples $EDITS
+}
+export -f once as train toy measure
 
-each_seed() {                              # reads lines "FUNCTION ARM FLAGS", @ is the seed: each with each
-    local function arm flags
-    while read -r function arm flags; do
+each_seed() {                              # reads lines "FUNCTION ARM MORE", @ is the seed: each with each
+    local function arm more
+    while read -r function arm more; do
         for seed in $SEEDS; do
-            echo "$function $arm $seed ${flags//@/$seed}"
+            echo "$function $arm $seed ${more//@/$seed}"
         done
     done | sed 's/ *$//' | xargs -P "${JOBS:-1}" -L 1 bash -c '"$@"' each_seed
 }
-arms() {                                   # FLAGS: reads lines "ARM FLAGS" and trains each
-    while read -r arm flags; do echo "train $arm $* $flags"; done | each_seed
+arms() {                                   # FLAGS: reads lines "ARM VARIANT FLAGS" and trains each
+    while read -r arm variant flags; do echo "train $arm $variant $* $flags"; done | each_seed
 }
-finetunes() {                              # BASE FLAGS: the same, from the base of each seed, on harder edits
-    arms --data hard --steps 400 --lr 3e-3 --muon-lr 0.015 --init "$STUDY/$1/@/last.pt" "${@:2}"
+finetunes() {                              # FLAGS: the same, from the base of each seed, on harder edits
+    arms --data hard --steps 800 --lr 3e-3 --muon-lr 0.015 --keep-every 200 --init "$STUDY/base/@/last.pt" "$@"
 }
 
-training() {                               # Table 2: a base, then further steps on harder edits in four ways
-    arms <<< "base --data simple --steps 2000 --p-magd 0"
-    finetunes base <<'END'
-plain --p-magd 0
-plans --p-magd 0 --p-plan 0.5
-magd --p-magd 0.5
-magd-plans --p-magd 0.5 --p-plan 0.5
+distance() {                               # is it the token that harms, or the target's distance?
+    arms <<'END'
+toy -
+one-distance - --max-gap 0
+seen-pauses - --max-gap 0 --max-pauses 32
 END
-    each_seed <<< "toy base-on-hard base --data hard"
+    printf 'measure %s - distance\n' toy one-distance seen-pauses | each_seed
 }
-plans() {                                  # Table 2: with the plan of each edit at inference too
+base() {                                   # captions and single edits, from scratch
+    arms --data simple --steps 5600 --p-magd 0 --keep-every 800 <<< "base -"
+    each_seed <<< "measure base - curve"
+}
+masks() {                                  # Tables 2, 6 and 7: how much is masked, when, how often, with what
+    finetunes <<'END'
+plain - --p-magd 0
+magd - --p-magd 0.5
+rate-0.5 - --r-mask 0.5
+tau-0.5 - --tau 0.5
+tau-0 - --tau 0
+p-magd-1 - --p-magd 1
+zero-mask - --mask-token zero
+END
+    printf 'measure %s - curve\n' plain magd | each_seed
+}
+pauses() {                                 # Tables 3 and 5, Figures 6 to 9, beside what costs as much
+    finetunes --p-magd 0 <<'END'
+pauses-32 - --max-pauses 32
+fillers-32 filler --max-pauses 32
+gap-64 - --max-gap 64
+registers registers
+deeper deeper
+plans - --p-plan 0.5
+END
+    printf 'measure %s - pauses\n' plain magd pauses-32 plans | each_seed
+    each_seed <<< "measure fillers-32 filler pauses"
+    printf 'measure %s - curve\n' pauses-32 plans | each_seed
+}
+plans() {                                  # Eq. 7: where the plan stands and what it says; right, wrong, none
+    finetunes --p-magd 0 --p-plan 0.5 <<'END'
+plans-first plan-first
+plans-shuffled plan-shuffled
+plans-places plan-places
+magd-plans - --p-magd 0.5
+END
     each_seed <<'END'
-toy plans-not-given plans
-toy plans-given plans --plans
-toy magd-plans-not-given magd-plans
-toy magd-plans-given magd-plans --plans
+toy plans-given - plans --plans
+toy plans-given-wrong wrong-plan plans --plans
+toy plans-first-given plan-first plans-first --plans
+toy plans-first-given-wrong wrong-plan,plan-first plans-first --plans
+toy plans-shuffled-given plan-shuffled plans-shuffled --plans
+toy plans-places-given plan-places plans-places --plans
+toy magd-plans-given - magd-plans --plans
 END
 }
-masks() {                                  # Tables 6 and 7: how much is masked, when, how often, with what
-    finetunes base <<'END'
-rate-0.5 --r-mask 0.5
-tau-0.5 --tau 0.5
-tau-0 --tau 0
-p-magd-1 --p-magd 1
-zero-mask --mask-token zero
+finite() {                                 # few samples again and again, with masks or with dropout
+    finetunes <<'END'
+plain-512 finite-512 --p-magd 0
+magd-512 finite-512
+dropout-512 finite-512,dropout --p-magd 0
+plain-4096 finite-4096 --p-magd 0
+magd-4096 finite-4096
+dropout-4096 finite-4096,dropout --p-magd 0
+END
+}
+passes() {                                 # two losses a sample: MDT's pairs, MC-DiT's clean to clean
+    finetunes <<'END'
+two-plain two-plain --p-magd 0
+mdt mdt
+mc-dit mc-dit
 END
 }
 corruptions() {                            # `plain` has only noise, `magd` both
-    finetunes base <<'END'
-only-mask --corruption mask
-mask-then-noise --corruption mask-noise --mask-token zero
+    finetunes <<'END'
+only-mask - --corruption mask
+mask-then-noise - --corruption mask-noise --mask-token zero
 END
 }
-pauses() {                                 # Tables 3 and 5, Figures 6 to 9
-    printf 'pause_counts %s\n' plain plans magd magd-plans | each_seed
+referring() {                              # instructions that a plan says more than: "the one left of ..."
+    finetunes --data refer --p-magd 0 <<'END'
+refer -
+refer-plans - --p-plan 0.5
+refer-plans-magd - --p-plan 0.5 --p-magd 0.5
+refer-pauses - --max-pauses 32
+END
+    each_seed <<'END'
+toy refer-plans-given - refer-plans --plans
+toy refer-plans-given-wrong wrong-plan refer-plans --plans
+toy refer-plans-magd-given - refer-plans-magd --plans
+END
+}
+scaling() {                                # Sec. 6.1 at equal compute
+    printf 'measure %s - scaling\n' plain magd pauses-32 | each_seed
 }
 guidance() {                               # at all times, or only in half of the way from noise to image
     each_seed <<'END'
-toy guidance-none plain
-toy guidance-all plain --text-scale 2.5 --image-scale 1.5
-toy guidance-early plain --text-scale 2.5 --image-scale 1.5 --guidance-interval 0,0.5
-toy guidance-late plain --text-scale 2.5 --image-scale 1.5 --guidance-interval 0.5,1
+toy guidance-all - plain --text-scale 2.5 --image-scale 1.5
+toy guidance-text - plain --text-scale 2.5
+toy guidance-early - plain --text-scale 2.5 --image-scale 1.5 --guidance-interval 0,0.5
+toy guidance-late - plain --text-scale 2.5 --image-scale 1.5 --guidance-interval 0.5,1
 END
 }
 predictions() {                            # what the network predicts, from scratch
-    arms --data simple --steps 800 --p-magd 0 <<'END'
-predict-velocity --prediction velocity
-predict-noise --prediction noise
-predict-x --prediction x
+    arms --p-magd 0 <<'END'
+predict-velocity -
+predict-noise - --prediction noise
+predict-x - --prediction x
 END
 }
-size() {                                   # 100 and 800 steps of fine-tuning; widths 64 and 192
-    local width
-    finetunes base <<'END'
-plain-steps-100 --p-magd 0 --steps 100
-magd-steps-100 --p-magd 0.5 --steps 100
-plain-steps-800 --p-magd 0 --steps 800
-magd-steps-800 --p-magd 0.5 --steps 800
+length() {                                 # twice the steps
+    finetunes --steps 1600 <<'END'
+plain-1600 - --p-magd 0
+magd-1600 - --p-magd 0.5
 END
-    for width in "64 --heads 2 --mlp 128" "192 --heads 6 --mlp 384"; do
-        arms --width $width <<< "base-width-${width%% *} --data simple --steps 2000 --p-magd 0"
-        finetunes "base-width-${width%% *}" --width $width <<END
-plain-width-${width%% *} --p-magd 0
-magd-width-${width%% *} --p-magd 0.5
-END
-    done
 }
 
 keep() { "$PYTHON" -m experiments.study keep "$STUDY" --results "$results"; }

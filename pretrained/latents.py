@@ -19,7 +19,7 @@ import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from common.cli import COUNT, NONE_OR_MORE, parser, run_script
+from common.cli import COUNT, NONE_OR_MORE, add_device, parser, run_script
 from common.devices import processes
 from common.files import (InputError, append, finished, make_folder, read_bytes, read_json, relative,
                           write_json)
@@ -201,7 +201,7 @@ def load_picture(flags, item):
 
 def encode(flags):
     """Encode the images of a JSONL file that the cache does not hold yet."""
-    rank, world, device = processes()
+    rank, world, device = processes(flags.device)
     if flags.size % 64:
         raise InputError(f"--size {flags.size}: a multiple of 64 is needed")
     source = omnigen_folder(flags.init) / "vae"
@@ -260,6 +260,7 @@ def main():
     p.add_argument("--out", help="folder of the cache; DATA.latents if not given")
     p.add_argument("--skip-bad", type=NONE_OR_MORE, default=0, help="bad rows to leave out (0)")
     p.add_argument("--workers", type=NONE_OR_MORE, default=2, help="processes that read images (2)")
+    add_device(p)
     encode(p.parse_args())
 
 

@@ -13,7 +13,7 @@ from scale.sharding import own_part, whole
 
 MAY_CHANGE = {"out", "resume", "preset", "eval_examples", "eval_steps", "text_scale", "image_scale",
               "workers", "log_every", "save_every", "keep_every", "sample_every", "checkpointing", "compile",
-              "init", "latents", "skip_bad"}
+              "init", "latents", "skip_bad", "device"}
 TYPES = {"config": dict, "model": dict, "ema": dict, "words": (list, type(None)), "flags": dict, "step": int}
 
 

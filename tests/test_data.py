@@ -10,7 +10,7 @@ from common.files import InputError
 from common.images import open_image, open_mask
 from common.rows import read_rows
 from data import Shapes, Words, make_batch, make_condition, make_prompt, tokenize, training_prompt
-from model import PADDING
+from model import PADDING, TEXT
 from toy.world import world_words
 
 
@@ -106,6 +106,19 @@ def test_gaps_are_even_and_change_nothing_else():
     assert not none.condition.gap.any()
     assert all(70 < n < 130 for n in some.condition.gap.bincount().tolist()) and some.condition.gap.max() == 3
     assert some.seeds == none.seeds and some.condition.ids.equal(none.condition.ids) and some.x1.equal(none.x1)
+
+
+def test_pauses_end_the_prompt_in_even_numbers_and_change_nothing_else():
+    dataset, words = Shapes("shapes"), Words(world_words())
+    none, some = (make_batch(dataset, range(400), words, 4, 0, 0.1, 0.0, 0.0, 3, most) for most in (0, 3))
+    pause = (some.condition.ids == words.ids["<pause>"]) & (some.condition.kind == TEXT)
+    number = pause.sum(dim=1)
+    assert all(70 < n < 130 for n in number.bincount().tolist()) and number.max() == 3
+    assert all(row[len(row) - n:].all() for row, n in zip(pause, number.tolist()))       # at the end
+    for b, n in enumerate(number.tolist()):                     # what is before them is as it was
+        with_pauses, without = (batch.condition.ids[b][batch.condition.kind[b] != PADDING] for batch in (some, none))
+        assert with_pauses[:len(with_pauses) - n].equal(without)
+    assert some.seeds == none.seeds and some.condition.gap.equal(none.condition.gap) and some.x1.equal(none.x1)
 
 
 # ------------------------------------------------------------------------------------------- files

@@ -10,7 +10,9 @@ from PIL import Image
 
 import data
 import sample
+from common.devices import processes
 from common.files import InputError, finished
+from common.rows import below
 from data import Shapes, Words, make_condition, world_words
 from tools import pairs
 from sample import euler, generate, noise, select
@@ -280,8 +282,31 @@ def test_bad_rows_of_a_file_are_left_out_and_named(checkpoint, tmp_path, capsys)
     assert {row["seed"] for row in finished(tmp_path / "edits/results.0.jsonl")} == {0, 2**63 - 1}
 
 
+def test_a_device_that_is_not_there_is_refused(checkpoint, tmp_path, monkeypatch):
+    command = ["--ckpt", checkpoint, "--prompt", "a red circle", "--steps", 1, "--out", tmp_path / "a.png"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    for device in ("cuda", "mps"):
+        with pytest.raises(InputError, match=f"--device {device}: PyTorch finds no such device here; there are cpu"):
+            call(sample, *command, "--device", device)
+    call(sample, *command, "--device", "cpu")
+    assert (tmp_path / "a.png").exists()
+
+
+def test_auto_is_cuda_where_it_is_and_never_mps(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    for there, expected in ((True, torch.device("cuda", 3)), (False, torch.device("cpu"))):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        monkeypatch.setenv("LOCAL_RANK", "3")
+        assert processes()[2] == expected
+    assert processes("mps")[2].type == "mps"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="--device mps: 2 processes"):
+        processes("mps")
+
+
 def test_a_row_says_where_its_output_goes(tmp_path):
-    assert sample.below(tmp_path, "pauses{pauses}/a{{b/{seed:04d}.png", 8, 3) == tmp_path / "pauses8/a{b/0003.png"
+    assert below(tmp_path, "pauses{pauses}/a{{b/{seed:04d}.png", 8, 3) == tmp_path / "pauses8/a{b/0003.png"
     for name, message in (("../{seed}.png", "leads out of the folder"), ("{turn}.png", "not a path"), ("a{.png", "not a path")):
         with pytest.raises(InputError, match=message):
-            sample.below(tmp_path, name, 8, 3)
+            below(tmp_path, name, 8, 3)

@@ -10,7 +10,10 @@ from helpers import call
 from PIL import Image
 
 import metrics
+import sample
 from common.files import InputError
+from pretrained.judges import load_judges, photo_scores
+from sample import choose
 
 FOLDER = Path(__file__).parent / "fixtures/metrics_tiny"
 # three items, two candidates each
@@ -98,16 +101,22 @@ def edits(tmp_path):
     return write(tmp_path, rows)
 
 
-def test_scores_of_a_folder(edits, capsys):
-    pytest.importorskip("safetensors"), pytest.importorskip("tokenizers")
-    dino = edits / "dino"                                  # the fixture's takes 32 pixels; the protocol needs 224 and 785 positions
+@pytest.fixture
+def dino(tmp_path):
+    """The fixture's takes 32 pixels; the protocol needs 224 and 785 positions."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    pytest.importorskip("tokenizers")
+    dino = tmp_path / "dino"
     shutil.copytree(FOLDER / "dino", dino)
     config = json.loads((dino / "config.json").read_text())
     (dino / "config.json").write_text(json.dumps({**config, "image_size": 224}))
-    from safetensors.torch import load_file, save_file
-    weights = load_file(dino / "model.safetensors")
-    save_file({**weights, "embeddings.position_embeddings": weights["embeddings.position_embeddings"][:, :1].repeat(1, 785, 1)},
-              dino / "model.safetensors")
+    weights = safetensors.load_file(dino / "model.safetensors")
+    positions = weights["embeddings.position_embeddings"][:, :1].repeat(1, 785, 1)
+    safetensors.save_file({**weights, "embeddings.position_embeddings": positions}, dino / "model.safetensors")
+    return dino
+
+
+def test_scores_of_a_folder(edits, dino, capsys):
     call(metrics, "score", edits, "--clip", FOLDER / "clip", "--dino", dino)
     printed = capsys.readouterr().out
     rows = [json.loads(line) for line in open(edits / "scores.jsonl")]
@@ -126,6 +135,74 @@ def test_scores_of_a_folder(edits, capsys):
     (edits / "results.1.jsonl").write_text(lines.splitlines()[0] + "\n")                      # an edit made after the scores
     with pytest.raises(InputError, match="scores of 3 edits, but there are 4"):
         metrics.read_results(edits)
+
+
+# ------------------------------------------------------------------------------------------- sample.py's choice
+
+def photos(*pairs, names=("clip_dir", "dino")):
+    return [dict(zip(names, pair)) for pair in pairs]
+
+
+def test_the_choice_among_photographs_follows_table_3():
+    """The most adherent of those with DINO >= 0.91; a tie goes to the more faithful one, then to the earlier."""
+    assert choose(photos((0.1, 0.95), (0.3, 0.90), (0.2, 0.92)), None) == (2, True)
+    assert choose(photos((0.1, 0.95), (0.3, 0.90), (0.2, 0.92)), 0.9) == (1, True)
+    assert choose(photos((0.2, 0.92), (0.2, 0.95), (0.2, 0.95)), None) == (1, True)
+    assert choose(photos((0.3, 0.50), (0.1, 0.80), (0.2, 0.70)), None) == (1, False)        # none passes: the most faithful
+    assert choose(photos((-0.1, 0.95)), None) == (0, True) and choose(photos((0.5, 0.2)), None) == (0, False)
+    assert choose(photos((0.2, 0.92), (0.3, 0.95), names=("clip_t", "dino")), None) == (1, True)
+    assert choose(photos((0.2,), (0.3,), names=("clip_t",)), None) == (1, True)             # no source: all are faithful
+    assert choose(photos((1, 0.9), (0.5, 1), names=("adherence", "faithfulness")), None) == (0, True)
+    assert choose([{"pauses": 0}], None) is None
+
+
+@pytest.fixture
+def candidates(edits, dino, monkeypatch):
+    """sample.py with an editor that gives four outputs known beforehand: a copy, two mixtures, the target."""
+    source, target = (np.asarray(Image.open(edits / f"1_{name}.png")) for name in ("source", "target"))
+    outputs = [source, *(np.uint8((1 - k) * source + k * target) for k in (0.2, 0.6)), target]
+    monkeypatch.setattr(sample, "load_editor", lambda *_: sample.Editor(None, None, None, 0, None))
+    monkeypatch.setattr(sample, "open_source", lambda path, size: np.asarray(Image.open(path)))
+    monkeypatch.setattr(sample, "edit", lambda editor, flags, sources, text, pauses, seed, *_, **__: outputs[seed])
+    judges = load_judges(FOLDER / "clip", dino, "cpu")
+    def scores(*captions):
+        return [photo_scores(judges, source, output, *captions) for output in outputs]
+    return scores, ["--init", "omnigen:none", "--seeds", "0,1,2,3", "--clip", FOLDER / "clip", "--dino", dino]
+
+
+def test_a_photograph_is_chosen_by_clip_and_dino(candidates, edits, capsys):
+    scores, command = candidates
+    command += ["--image", edits / "1_source.png", "--prompt", "<img><|image_1|></img> a red hat", "--out", edits / "edit.png"]
+    captions = ["--source-caption", "a photo of a cat", "--target-caption", "a red hat"]
+    for more, expected in ((captions, scores("a photo of a cat", "a red hat")), ([], scores(None, "  a red hat")),
+                           ([captions[0], "a red hat", *captions[2:]], scores("a red hat", "a red hat"))):
+        least = sorted(own["dino"] for own in expected)[1]                     # three of four pass
+        call(sample, *command, *more, "--threshold", least)
+        rows = [json.loads(line) for line in open(edits / "edit.jsonl")]
+        assert [{key: row[key] for key in own} for row, own in zip(rows, expected)] == expected
+        name = "clip_dir" if more == captions else "clip_t"
+        assert [row["chosen"] for row in rows].index(True) == choose(expected, least)[0] and name in expected[0]
+        printed = capsys.readouterr().out
+        assert ("adherence is CLIP-T" in printed) == (name == "clip_t") and f"{name} " in printed and "dino " in printed
+    assert expected[0]["dino"] == pytest.approx(1, abs=1e-5)                   # the copy is the most faithful
+
+
+def test_rows_of_a_file_are_judged_and_chosen(candidates, edits, monkeypatch):
+    scores, command = candidates
+    monkeypatch.setattr(sample, "omnigen_folder", lambda _: FOLDER / "clip")                # has a config.json
+    row = {"instruction": "make it a hat", "input_images": ["1_source.png"], "output_image": None, "source_caption": "a cat"}
+    rows = [{**row, "target_caption": "a red hat"}, row]
+    (edits / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    call(sample, *command, "--data", edits / "rows.jsonl", "--out", edits / "out")
+    chosen = [json.loads(line) for line in open(edits / "out/chosen.0.jsonl")]
+    for own, expected in zip(chosen, (scores("a cat", "a red hat"), scores("a cat", "make it a hat")), strict=True):
+        best, passed = choose(expected, None)
+        assert own["seed"] == best and own["passed"] == passed and own["dino"] == expected[best]["dino"]
+
+
+def test_one_judge_alone_is_refused(candidates):
+    with pytest.raises(SystemExit, match="give both or none"):
+        call(sample, "--init", "omnigen:none", "--prompt", "a", "--clip", "folder")
 
 
 def test_l1_and_l2_by_hand():

@@ -20,6 +20,7 @@ from common.files import InputError
 from data import MicroBatches, Shapes, Words
 from experiments import study, tables
 from experiments.tables import compare, interval
+from experiments.variants import VARIANTS
 from metrics import evaluate
 from model import Config
 from toy.world import world_words
@@ -31,7 +32,7 @@ FLAGS = ["--data", "simple", *SMALL, "--steps", "1", "--warmup", "0", "--lr", "1
 def parsed(monkeypatch):
     def parse(*flags):
         monkeypatch.setattr(sys, "argv", ["train.py", *flags])
-        return train.parse_flags()
+        return train.parse_flags(train.PRESETS)
     return parse
 
 
@@ -41,7 +42,7 @@ def test_arms_share_data_order_noise_and_times(parsed):
     tokenizer, cfg = Words(dataset.words), Config(patch=4, channels=3)
     arms = [(), ("--p-magd", "0"), ("--p-plan", "0.5"), ("--tau", "0", "--r-mask", "0.5"), ("--corruption", "mask"),
             ("--corruption", "mask-noise", "--mask-token", "zero"), ("--prediction", "x")]
-    batches = [MicroBatches(parsed("--preset", "small", *arm), dataset, tokenizer, cfg)[tuple(range(16))] for arm in arms]
+    batches = [MicroBatches(parsed("--preset", "toy", *arm), dataset, tokenizer, cfg)[tuple(range(16))] for arm in arms]
     for (batch, draws, _), arm in zip(batches[1:], arms[1:]):
         assert batch.x1.equal(batches[0][0].x1) and all(a.equal(b) for a, b in zip(draws, batches[0][1]))
         assert all(a.equal(b) for a, b in zip(batch.condition.images, batches[0][0].condition.images, strict=True))
@@ -238,9 +239,10 @@ def test_the_numbers_in_the_words_are_those_of_the_tables():
 FAKE = """#!/bin/bash
 [ "$1" = -c ] && exit 0
 echo "$@" >> calls.txt
-[ "$2" = experiments.study ] && case $3 in keep|report) exit 0;; esac
+[ "$2" = experiments.study ] && exit 0
 out=$(sed 's/.*--out \\([^ ]*\\).*/\\1/' <<< "$*")
-case $out in *.json) echo {} > "$out";; *) [ -e fail ] && exit 1; echo {} > "$out/result.json"; touch "$out/last.pt";; esac
+what=$(sed 's/.*experiments.measure \\([^ ]*\\) --ckpt \\([^ ]*\\)last.pt.*/\\2\\1.json/' <<< "$*")
+case $* in *experiments.measure*) echo {} > "$what";; *"metrics toy"*) echo {} > "$out";; *) [ -e fail ] && exit 1; echo {} > "$out/result.json"; touch "$out/last.pt";; esac
 """
 KEEP = "-m experiments.study keep out/study --results experiments/results.jsonl"
 REPORT = "-m experiments.study report experiments/RESULTS.md"
@@ -265,36 +267,37 @@ def scripts(tmp_path):
 def test_the_scripts_train_every_arm_from_the_base_of_its_own_seed_and_width(scripts):
     calls = scripts()
     def flags(name):
-        found = [call for call in calls if call.startswith("train.py") and f"/{name}/3 " in call]
+        found = [call for call in calls if " --preset toy " in call and f"/{name}/3 " in call]
         assert len(found) == 1, name
         return found[0]
-    assert "--seed 3 --out out/study/base/3 --data simple --steps 2000 --p-magd 0" in flags("base")
-    assert flags("magd").endswith("--steps 400 --lr 3e-3 --muon-lr 0.015 --init out/study/base/3/last.pt --p-magd 0.5")
-    assert flags("plain-steps-100").endswith("--p-magd 0 --steps 100")                     # the last of two --steps counts
-    assert "--init out/study/base-width-192/3/last.pt --width 192" in flags("plain-width-192")
-    for plain, magd in (("plain", "magd"), ("plain-steps-800", "magd-steps-800"), ("plain-width-64", "magd-width-64")):
+    assert "--seed 3 --eval-examples 1024 --out out/study/base/3 --data simple " in flags("base")
+    assert "--init out/study/base/3/last.pt" in flags("magd") and flags("magd").startswith("-m train --preset toy ")
+    assert flags("registers").startswith("-m experiments.variants registers train --preset toy ")
+    for plain, magd in (("plain", "magd"), ("plain-1600", "magd-1600")):
         assert flags(plain).replace(plain, magd).replace("--p-magd 0", "--p-magd 0.5") == flags(magd)      # one difference
-    assert sum("experiments.study pauses" in call for call in calls) == 4 and calls[-2:] == [KEEP, REPORT]
-    assert sum(call.endswith("--plans") for call in calls) == 2
-    assert any("out/study/base-on-hard/3/" in call and call.endswith("--data hard") for call in calls)
-    assert any("metrics.py toy --ckpt out/study/plain/3/last.pt" in call and call.endswith("--guidance-interval 0,0.5") for call in calls)
+    assert sum("experiments.measure pauses" in call for call in calls) == 5 and calls[-2:] == [KEEP, REPORT]
+    wrong = [call for call in calls if call.endswith("--plans") and "variants wrong-plan,plan-first metrics toy" in call]
+    assert len(wrong) == 1 and "--ckpt out/study/plans-first/3/last.pt" in wrong[0]
+    assert any("metrics toy --ckpt out/study/plain/3/last.pt" in call and call.endswith("--guidance-interval 0,0.5") for call in calls)
+    named = {name for call in calls if "variants" in call for name in call.split()[2].split(",")}
+    assert named == set(VARIANTS)                                          # each is there and each is used
     assert scripts() == [KEEP, REPORT]                                     # nothing is done twice
 
 
 def test_the_scripts_make_only_the_parts_that_are_named(scripts):
-    scripts("training")
-    calls = scripts("guidance", "pauses")
-    assert len(calls) == 4 + 4 + 2 and all("guidance-" in call for call in calls[:4]) and calls[-2:] == [KEEP, REPORT]
+    scripts("base", "masks")
+    calls = scripts("guidance", "scaling")
+    assert len(calls) == 4 + 3 + 2 and all("guidance-" in call for call in calls[:4]) and calls[-2:] == [KEEP, REPORT]
     assert scripts("table2", code=1) == []
 
 
 def test_the_scripts_go_on_after_a_kill_and_stop_at_a_failure(scripts, tmp_path):
     (tmp_path / "out/study/base/3").mkdir(parents=True)
     (tmp_path / "out/study/base/3/last.pt").touch()
-    assert "train.py --preset small --seed 3 --out out/study/base/3 --resume --data simple" in scripts()[0]
+    assert "--out out/study/base/3 --resume --data simple" in scripts("base")[0]
     shutil.rmtree(tmp_path / "out")
     (tmp_path / "fail").touch()
-    *calls, last = scripts(code=124)                                       # 124: xargs says that a run failed
+    *calls, last = scripts("base", "masks", code=124)                                       # 124: xargs says that a run failed
     assert calls and all("/base/" in call for call in calls) and last == KEEP      # what is finished is kept
 
 
@@ -302,7 +305,7 @@ def test_a_rehearsal_leaves_the_results_alone(scripts):
     calls = scripts("--steps", "5")
     assert all("out/rehearsal" in call and "out/study" not in call for call in calls)
     assert calls[-1] == "-m experiments.study keep out/rehearsal --results out/rehearsal/results.jsonl"
-    assert all(call.endswith("--steps 5") for call in calls if call.startswith("train.py"))
+    assert all(call.endswith("--steps 5") for call in calls if "--preset toy" in call)
 
 
 @pytest.mark.slow
@@ -311,7 +314,8 @@ def test_a_rehearsal_of_an_experiment(tmp_path):
         shutil.copy(path, tmp_path)
     for folder in ("common", "toy", "scale", "pretrained", "experiments"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
-    done = subprocess.run(["bash", "experiments/toy_all.sh", "training", "pauses", "--steps", "2", "--eval-examples", "2"], cwd=tmp_path,
+    done = subprocess.run(["bash", "experiments/toy_all.sh", "base", "masks", "pauses", "--layers", "2", "--keep-every", "1", "--steps", "2",
+                           "--eval-examples", "2"], cwd=tmp_path,
                           capture_output=True, text=True, env={**os.environ, "SEEDS": "0", "PYTHON": sys.executable})
     assert done.returncode == 0, done.stdout + done.stderr
     runs = [json.loads(line) for line in (tmp_path / "out/rehearsal/results.jsonl").read_text().splitlines()]

@@ -127,10 +127,10 @@ def test_every_preset_names_only_flags_and_overrides_work(monkeypatch):
     for preset, values in train.PRESETS.items():
         real = ["--init", "omnigen:folder", "--data", "pairs.jsonl"] if preset == "omnigen" else []
         monkeypatch.setattr("sys.argv", ["train.py", "--preset", preset, *real])
-        flags = vars(train.parse_flags())
+        flags = vars(train.parse_flags(train.PRESETS))
         assert {key: flags[key] for key in values} == values
         monkeypatch.setattr("sys.argv", ["train.py", "--preset", preset, *real, "--steps", "7"])
-        assert train.parse_flags().steps == 7
+        assert train.parse_flags(train.PRESETS).steps == 7
 
 
 def test_bad_flags_are_one_clear_line(tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from einops import rearrange
 
 from common.files import InputError
 from toy.world import (BACKGROUNDS, COLORS, LIGHTS, NUMBERS, PART, RELATIONS, STYLES, WHOLE, Scene, Thing,
-                       corner, lit, plural, read_instruction, related, sprite)
+                       corner, is_beside, lit, plural, read_instruction, related, sprite)
 
 # A cell further than this from its best drawing (root mean square, images in [0, 1]) cannot be read.
 TOLERANCE = 0.15
@@ -100,6 +100,16 @@ def parse(world, image):
 
 
 # ---------------------------------------------------------------------------------------- judging
+
+def named(edit, before):
+    """The edit with the name of the thing that it calls "the one left of the red circle"."""
+    if not edit.beside:
+        return edit
+    found = is_beside(before, *edit.beside)
+    if len(found) != 1:
+        raise InputError(f"{len(found)} things are {' the '.join(edit.beside)}; the instruction needs one")
+    return edit._replace(shape=found[0].shape, color=found[0].color)
+
 
 def names_of(edits, task):
     return [edit.name for edit in edits if edit.task == task]
@@ -194,6 +204,7 @@ def judge(world, source, instruction, output):
         if edits is None:
             raise InputError(f"the oracle does not know the instruction {instruction!r}: it is not the toy's")
         before, _ = parse(world, source)
+        edits = [named(edit, before) for edit in edits]
         done = [carried_out(world, edit, before, after, readable, edits) for edit in edits]
         adherence = float(np.mean(done))
         faithfulness = kept(world, edits, before, after, readable)

@@ -45,6 +45,7 @@ class World:
     complexity: int = 1                   # most edits in an instruction
     captions: float = 0.0                 # share of text-to-image examples
     alike: float = 0.3                    # share of training scenes in one colour
+    refer: bool = False                   # a thing to edit is named by another one that it stands beside
 
     @property
     def cell_size(self):
@@ -60,6 +61,7 @@ class World:
 WORLDS = {"shapes": World(),
           "simple": World(captions=0.5),
           "hard": World(complexity=4, captions=0.25),
+          "refer": World(edits=("remove", "color", "local"), refer=True),
           "shapes64": World(size=64, grid=4, shapes=SHAPES, sizes=(10, 12, 14), objects=6, edits=EDITS,
                             complexity=4, captions=0.5, alike=0.0)}
 
@@ -92,6 +94,7 @@ class Edit(NamedTuple):
     color: str = ""
     value: str = ""                       # the new colour, shape, background, light or style
     where: str | tuple = ""               # to add a thing: a corner, or (relation, name of another thing)
+    beside: tuple = ()                    # (relation, name of another thing), in place of its own name
 
     @property
     def name(self):
@@ -171,10 +174,11 @@ def related(cell, relation, other):
 def phrase(edit):
     """Edit -> its instruction."""
     where = edit.where if isinstance(edit.where, str) else " the ".join(edit.where)
+    thing = "one " + " the ".join(edit.beside) if edit.beside else edit.name
     return {"add": f"add a {edit.name} {where}".strip(),
-            "remove": f"remove the {edit.name}",
-            "color": f"make the {edit.name} {edit.value}",
-            "local": f"make the {edit.name} a {edit.value}",
+            "remove": f"remove the {thing}",
+            "color": f"make the {thing} {edit.value}",
+            "local": f"make the {thing} a {edit.value}",
             "background": f"change the background to {edit.value}",
             "global": f"make it {edit.value}",
             "style": f"redraw it {edit.value}"}[edit.task]
@@ -183,12 +187,14 @@ def phrase(edit):
 COLOR = "|".join(COLORS)
 SHAPE = "|".join(SHAPES)
 THING = f"(?P<color>{COLOR}) (?P<shape>{SHAPE})"
-PLACE = f"{'|'.join(CORNERS)}|(?:{'|'.join(RELATIONS)}) the (?:{COLOR}) (?:{SHAPE})"
+BESIDE = f"(?:{'|'.join(RELATIONS)}) the (?:{COLOR}) (?:{SHAPE})"
+PLACE = f"{'|'.join(CORNERS)}|{BESIDE}"
+OLD = f"(?:{THING}|one (?P<beside>{BESIDE}))"
 # What `phrase` writes, as regular expressions; the groups are called by the fields of Edit.
 GRAMMAR = {"add": f"add a {THING}(?: (?P<where>{PLACE}))?",
-           "remove": f"remove the {THING}",
-           "color": f"make the {THING} (?P<value>{COLOR})",
-           "local": f"make the {THING} a (?P<value>{SHAPE})",
+           "remove": f"remove the {OLD}",
+           "color": f"make the {OLD} (?P<value>{COLOR})",
+           "local": f"make the {OLD} a (?P<value>{SHAPE})",
            "background": f"change the background to (?P<value>{'|'.join(BACKGROUNDS)})",
            "global": f"make it (?P<value>{'|'.join(LIGHTS)})",
            "style": f"redraw it (?P<value>{'|'.join(STYLES)})"}
@@ -198,8 +204,11 @@ def read_edit(text):
     """The inverse of `phrase` -> Edit, or None: not an instruction of this world."""
     for task, rule in GRAMMAR.items():
         if match := re.fullmatch(rule, text):
-            edit = Edit(task, **match.groupdict(default=""))
-            return edit._replace(where=tuple(edit.where.split(" the "))) if " the " in edit.where else edit
+            fields = match.groupdict(default="")
+            for name in ("where", "beside"):
+                if " the " in fields.get(name, ""):
+                    fields[name] = tuple(fields[name].split(" the "))
+            return Edit(task, **{name: value for name, value in fields.items() if value})
     return None
 
 
@@ -337,6 +346,21 @@ def random_edits(world, rng, scene):
     return edits, scene
 
 
+def is_beside(scene, relation, name):
+    """The things of a scene that are left of, right of, above or below the one of this name."""
+    others = [thing.cell for thing in scene.things if thing.name == name]
+    return [thing for thing in scene.things for cell in others if related(thing.cell, relation, cell)]
+
+
+def refer(rng, edit, before):
+    """The edit of a thing that is named by another one beside it, in a way that fits no third."""
+    ways = [(relation, other.name) for other in before.things for relation in RELATIONS
+            if [thing.name for thing in is_beside(before, relation, other.name)] == [edit.name]]
+    if not ways:
+        raise Redraw
+    return edit._replace(beside=rng.choice(ways))
+
+
 # ---------------------------------------------------------------------------------------- one example
 
 def held_out(task, shape, color):
@@ -368,9 +392,10 @@ def edit_example(world, rng, split):
     before = random_scene(world, rng, n, color=rng.choice(list(COLORS)) if alike else None)
     edits, after = random_edits(world, rng, before)
     check_split(split, combinations(edits, before))
+    said = [refer(rng, edit, before) if world.refer else edit for edit in edits]
     source = render(world, before)
     target = render(world, after)
-    return dict(instruction=" and ".join(phrase(edit) for edit in edits), target=target, images=[source],
+    return dict(instruction=" and ".join(phrase(edit) for edit in said), target=target, images=[source],
                 mask=(source != target).any(axis=2), plan=expressive_plan(world, edits, before, after),
                 source_caption=describe(before), target_caption=describe(after),
                 task=edits[0].task if len(edits) == 1 else "several", complexity=len(edits))
