@@ -6,6 +6,7 @@
 The pictures are those that the package scikit-image brings along; four of them are held out whole. An output
 is right if, of the targets of all edits of its source, none is nearer to it (in L1) than the instruction's.
 """
+import itertools
 import random
 import sys
 import textwrap
@@ -40,6 +41,10 @@ def darker(x):                                                         # x (h, w
     return 0.4 * x
 
 
+def brighter(x):
+    return 102 + 0.6 * x
+
+
 def gray(x):
     return x.mean(axis=2, keepdims=True)
 
@@ -66,28 +71,27 @@ def blurred(image):
 
 
 FIRST, SECOND = slice(SIZE // 2), slice(SIZE // 2, None)               # halves
-COLORS = {                                # name: edit of an image (h, w, 3) uint8, two wordings
+EDITS = {                                 # name: edit of an image (h, w, 3) uint8, two wordings
     "darker": (colors(darker), "make it darker", "darken the picture"),
-    "brighter": (colors(lambda x: 102 + 0.6 * x), "make it brighter", "brighten the picture"),
+    "brighter": (colors(brighter), "make it brighter", "brighten the picture"),
     "gray": (colors(gray), "make it gray", "remove the colors"),
     "negative": (colors(negative), "make it a negative", "invert the colors"),
     "red": (colors(red), "make it red", "tint the picture red"),
-    "left gray": (colors(gray, columns=FIRST), "make the left half gray", "remove the colors on the left"),
+    "left brighter": (colors(brighter, columns=FIRST), "make the left half brighter",
+                      "brighten the left half"),
     "top darker": (colors(darker, FIRST), "make the top half darker", "darken the top half"),
     "right negative": (colors(negative, columns=SECOND), "make the right half a negative",
-                       "invert the colors on the right"),
-    "bottom red": (colors(red, SECOND), "make the bottom half red", "tint the bottom half red")}
-PLACES = {
+                       "invert the colors of the right half"),
+    "bottom red": (colors(red, SECOND), "make the bottom half red", "tint the bottom half red"),
     "blurred": (blurred, "make it blurred", "blur the picture"),
     "mirrored": (lambda image: image[:, ::-1], "mirror it", "swap left and right"),
     "upside down": (lambda image: image[::-1], "turn it upside down", "swap top and bottom")}
-EDITS = COLORS | PLACES
 
 
 def targets(source):
-    """{names: target} of each edit, and of each pair of one of COLORS and then one of PLACES."""
+    """{names: target} of each edit and of each pair, the one that comes first in EDITS applied first."""
     one = {(name,): edit(source) for name, (edit, *_) in EDITS.items()}
-    return one | {(a, b): EDITS[b][0](one[a,]) for a in COLORS for b in PLACES}
+    return one | {(a, b): EDITS[b][0](one[a,]) for a, b in itertools.combinations(EDITS, 2)}
 
 
 def difference(images, image):
@@ -116,9 +120,7 @@ class Photographs:
 
     def sample(self, index):
         rng = random.Random(f"{self.seed}/{self.split}/{index}")
-        names = [rng.choice(list(EDITS))]
-        if names[0] in COLORS and rng.random() < 0.5:
-            names.append(rng.choice(list(PLACES)))
+        names = sorted(rng.sample(list(EDITS), rng.randint(1, 2)), key=list(EDITS).index)
         instruction = " and ".join(rng.choice(EDITS[name][1:]) for name in names)
         source = self.crop(rng)
         while not varied(source):
