@@ -14,12 +14,13 @@ class InputError(ValueError):
         return "".join(c if c.isprintable() else " " for c in super().__str__())
 
 
-def optional(name):
-    """Import a package that only some commands need; InputError says how to install it."""
+def optional(name, package=None):
+    """Import a module that only some commands need; InputError says which package to install, if it is not
+    the one of that name."""
     try:
         return importlib.import_module(name)
     except ImportError:
-        package = name.split(".")[0]
+        package = package or name.split(".")[0]
         raise InputError(f"this needs the optional package {package}: pip install {package}") from None
 
 
