@@ -103,6 +103,9 @@ def load_lora(model, folder):
                          f"expected")
     odd = [key for key, value in config.items()
            if value and (key in UNKNOWN or key.startswith("use_") or key.endswith("_config"))]
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start not in ("gaussian", "orthogonal"):        # PiSSA and others change W
+        odd.append(f"init_lora_weights {start!r}")
     if odd:
         raise InputError(f"{path}: {', '.join(odd)} of PEFT is unknown here; an adapter trained without is "
                          f"expected")

@@ -44,13 +44,13 @@ def averaged(model, average):
     """Inside, the model has its averaged weights."""
     @torch.no_grad()
     def swap():
+        reshard(model)                    # FSDP keeps what it has gathered: the weights of before the swap
         for p, mean in zip(trained(model).values(), average):
             old = p.clone()
             p.copy_(mean)
             mean.copy_(old)
     swap()
     yield
-    reshard(model)                        # FSDP keeps gathered weights; the next step must not use these
     swap()
 
 

@@ -196,13 +196,13 @@ def test_micro_batches_have_one_size_and_miss_no_sample(world):
     assert batch.x1.shape == (3, 4, *data.bucket(groups[0][0])[1:])
 
 
-def test_previews_and_recomputed_blocks_leave_the_training_alone(world, tmp_path):
-    """FSDP2 keeps what it gathered for a preview of the averaged weights: the next step has to see the weights themselves."""
+def test_previews_validation_and_recomputed_blocks_leave_the_training_alone(world, tmp_path):
+    """FSDP2 keeps what it gathered for one forward: the next has to see the weights themselves, or the averaged ones."""
     folder, pairs, _ = world
     flags = ["--preset", "omnigen", "--init", f"omnigen:{folder}", "--data", pairs, "--size", 128, "--batch", 2, "--steps", 4, "--warmup", 0,
              "--lr", 1e-2, "--ema", 0.9, "--eval-steps", 1]
-    for name, every, blocks in (("with", 2, 1), ("without", 9, 0)):
-        call(train, *flags, "--sample-every", every, "--checkpointing", blocks, "--out", tmp_path / name)
+    for name, *more in (("with", "--sample-every", 2, "--checkpointing", 1, "--val-data", pairs), ("without", "--checkpointing", 0)):
+        call(train, *flags, *more, "--out", tmp_path / name)
     a, b = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("with", "without"))
     assert all(a["model"][key].equal(b["model"][key]) for key in a["model"])
     # any checkpoint can be sampled, with the folder it was started from

@@ -105,7 +105,8 @@ def test_it_computes_what_peft_computes(tmp_path):
 @pytest.mark.parametrize("change, message", [
     ({"peft_type": "IA3"}, "peft_type is 'IA3'"), ({"use_rslora": True}, "use_rslora of PEFT is unknown"), ({"r": 8}, "has the shape"),
     ({"rank_pattern": {"o_proj": 2}}, "rank_pattern of PEFT"), ({"r": "4"}, "r is '4'; a whole number"),
-    ({"lora_alpha": 0}, "lora_alpha is 0"), ({"eva_config": {"rho": 2}}, "eva_config of PEFT")])
+    ({"lora_alpha": 0}, "lora_alpha is 0"), ({"eva_config": {"rho": 2}}, "eva_config of PEFT"),
+    ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights 'pissa_niter_4' of PEFT")])
 def test_an_adapter_that_means_something_else_is_refused(tmp_path, change, message):
     pytest.importorskip("safetensors")
     folder = shutil.copytree(PEFT, tmp_path / "adapter")
