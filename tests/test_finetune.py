@@ -1,4 +1,5 @@
 """Fine-tuning OmniGen on one's own images: the latent cache, batches of one size, and the whole way from files to an edit."""
+import copy
 import json
 import os
 import subprocess
@@ -11,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import ROOT, SMALL, call, omnigen_folder, run
+from helpers import ROOT, SMALL, call, omnigen_folder, run, tiny_model
 from PIL import Image
+from test_model import condition
 
 import train
+from common.devices import start_processes
 from common.files import InputError
 from common.rows import BadRows
 from data import make_batch, micro_batches, shuffled
@@ -23,6 +26,7 @@ from pretrained.latents import Latents, bucket, cache_header
 from pretrained.omnigen import BPE, load_omnigen
 from pretrained.vae import load_vae
 from sample import load_checkpoint, load_editor
+from scale.sharding import averaged, own_part, shard
 
 SIZES = [(128, 128), (150, 100), (100, 150), (128, 96), (200, 128), (64, 64), (90, 130), (300, 200)]
 
@@ -196,13 +200,13 @@ def test_micro_batches_have_one_size_and_miss_no_sample(world):
     assert batch.x1.shape == (3, 4, *data.bucket(groups[0][0])[1:])
 
 
-def test_previews_validation_and_recomputed_blocks_leave_the_training_alone(world, tmp_path):
-    """FSDP2 keeps what it gathered for one forward: the next has to see the weights themselves, or the averaged ones."""
+def test_previews_and_recomputed_blocks_leave_the_training_alone(world, tmp_path):
+    """FSDP2 keeps what it gathered for a preview of the averaged weights: the next step has to see the weights themselves."""
     folder, pairs, _ = world
     flags = ["--preset", "omnigen", "--init", f"omnigen:{folder}", "--data", pairs, "--size", 128, "--batch", 2, "--steps", 4, "--warmup", 0,
              "--lr", 1e-2, "--ema", 0.9, "--eval-steps", 1]
-    for name, *more in (("with", "--sample-every", 2, "--checkpointing", 1, "--val-data", pairs), ("without", "--checkpointing", 0)):
-        call(train, *flags, *more, "--out", tmp_path / name)
+    for name, every, blocks in (("with", 2, 1), ("without", 9, 0)):
+        call(train, *flags, "--sample-every", every, "--checkpointing", blocks, "--out", tmp_path / name)
     a, b = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("with", "without"))
     assert all(a["model"][key].equal(b["model"][key]) for key in a["model"])
     # any checkpoint can be sampled, with the folder it was started from
@@ -211,6 +215,28 @@ def test_previews_validation_and_recomputed_blocks_leave_the_training_alone(worl
     assert all(p.equal(a["ema"][name]) for name, p in editor.model.named_parameters())
     with pytest.raises(InputError, match="last.pt: a fine-tuned OmniGen, .*: add --init omnigen:FOLDER"):
         load_checkpoint(tmp_path / "with/last.pt")
+
+
+def test_averaged_weights_in_a_sharded_model_that_has_just_run():
+    """FSDP2 keeps what the forward of a validation gathered; it must neither be swapped nor be used after the swap."""
+    model = tiny_model()
+    other = copy.deepcopy(model)
+    average = [p.detach() + 0.1 for p in other.parameters()]
+    c, x, t = condition(["tt1111t"]), torch.randn(1, 3, 8, 8), torch.tensor([0.4])
+    start_processes(True, "cpu")
+    try:
+        shard(model, torch.device("cpu"), bf16=False)
+        average = [own_part(mean, p) for mean, p in zip(average, model.parameters())]
+        with torch.no_grad():
+            v = model(x, t, c)
+            with averaged(model, average):
+                v_averaged = model(x, t, c)
+            assert v.equal(other(x, t, c)) and model(x, t, c).equal(v)
+            for p in other.parameters():
+                p.add_(0.1)
+            assert v_averaged.equal(other(x, t, c)) and not v_averaged.equal(v)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_bad_data_found_by_a_worker_is_one_clear_line(tmp_path):
