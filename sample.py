@@ -183,7 +183,7 @@ def load_checkpoint(path, device="cpu"):
             model.load_state_dict(load_checkpoint(flags["init"])[0].model.state_dict())
         world = WORLDS.get(data)
     except Exception as error:            # whatever odd sizes lead to
-        raise InputError(f"{path}: it describes no model of this program ({error})") from None
+        raise InputError(f"{path}: no model can be made from it ({error})") from None
     fill(model, state, path)
     return Editor(merge_lora(model).to(device).eval(), tokenizer, None, size, world), flags
 

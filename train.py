@@ -387,6 +387,7 @@ def train(flags):
             say(f"wrote {out / 'adapter'}, an adapter for sample.py --lora")
         elif omnigen:
             export(model, omnigen_folder(flags.init), out / "export")
+        if omnigen:
             say(f"wrote {out / 'export'}: python sample.py --init omnigen:{out / 'export'}")
     if rank == 0:
         write_json(out / "result.json", result)

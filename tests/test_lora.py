@@ -3,6 +3,7 @@ import copy
 import functools
 import gc
 import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -218,7 +219,7 @@ def test_on_the_toy(tmp_path, capsys, monkeypatch):
     base = ["--init", tmp_path / "base/last.pt"]
     call(train, *tiny, *base, "--lora", 4, "--steps", 3, "--warmup", 0, "--out", tmp_path / "run")
     printed = capsys.readouterr().out
-    assert "0.00M trained)" in printed and f"wrote {tmp_path / 'run/adapter'}, an adapter for sample.py --lora" in printed
+    assert not (tmp_path / "run/export").exists() and "0.00M trained)" in printed and f"wrote {tmp_path / 'run/adapter'}, an adapter for sample.py --lora" in printed
     state = weights(tmp_path / "run/last.pt")
     assert state["flags"]["lr"] == 3e-4 and state["flags"]["lora_alpha"] == 4 and len(state["optimizers"]) == 1
     (ours, _), (plain, _) = (load_checkpoint(tmp_path / name / "last.pt") for name in ("run", "base"))
@@ -227,6 +228,13 @@ def test_on_the_toy(tmp_path, capsys, monkeypatch):
     load_lora(plain.model, tmp_path / "run/adapter")
     for name, value in merge_lora(plain.model).state_dict().items():
         torch.testing.assert_close(value, ours.model.state_dict()[name], msg=name)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"instruction": "make the red circle blue", "input_images": [], "output_image": None}))
+    edits = ["--ckpt", tmp_path / "base/last.pt", "--lora", tmp_path / "run/adapter", "--data", rows, "--steps", 1, "--out", tmp_path / "edits"]
+    call(sample, *edits)
+    os.utime(tmp_path / "run/adapter/adapter_config.json", (0, 2**32))
+    with pytest.raises(InputError, match="it holds results of"):                   # of the adapter as it was
+        call(sample, *edits)
     with pytest.raises(InputError, match=f"started with --init {tmp_path}/base/last.pt; resume it with the same"):
         call(train, *tiny, "--init", tmp_path / "run/last.pt", "--lora", 4, "--steps", 3, "--warmup", 0, "--resume", "--out", tmp_path / "run")
     call(train, *tiny, "--init", tmp_path / "run/last.pt", "--lora", 2, "--steps", 1, "--out", tmp_path / "third")      # an adapter on it

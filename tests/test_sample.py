@@ -188,7 +188,7 @@ def test_bad_input_is_one_clear_line(checkpoint, picture, tmp_path, capsys, monk
              ({"--prompt": "make the circle a square a red blue"}, "does not know the instruction"),
              ({"--ckpt": tmp_path / "nan.pt"}, "final_layer.linear.bias: 1 of 48 values are not finite"), ({"--seeds": 2**63}, "numbers from 0 to"),
              ({"--ckpt": tmp_path / "large.pt"}, "the sample is not finite"), ({"--text-scale": 1e38}, "is not in [0, 1000]"),
-             ({"--ckpt": tmp_path / "words.pt"}, "do not fit the model"), ({"--ckpt": tmp_path / "layers.pt"}, "describes no model"),
+             ({"--ckpt": tmp_path / "words.pt"}, "do not fit the model"), ({"--ckpt": tmp_path / "layers.pt"}, "no model can be made"),
              ({"--pauses": "3,3"}, "different numbers"), ({"--out": path}, "would overwrite the source"),
              ({"--prompt": "remove the <image_1>"}, "looks like an image tag")]
     for change, message in cases:
