@@ -20,6 +20,7 @@ import magd
 import sample
 import train
 from common.files import InputError
+from data import MicroBatches, Shapes, Words
 from model import Config, Transformer
 from pretrained import latents
 from pretrained.lora import Adapted, add_lora, load_lora, merge_lora, save_lora
@@ -139,6 +140,13 @@ def test_memory_of_the_full_size():
     assert memory(model, tokens, False, 1, 0) > 24e9
 
 
+def test_the_backward_through_frozen_weights_costs_one_forward_less():
+    dataset, flags = Shapes("shapes"), dict(seed=0, p_drop=0, p_plan=0, p_masked_source=0, max_gap=0, max_pauses=0, t_mean=0)
+    cfg = Config(patch=4, channels=3)
+    flop = [MicroBatches(SimpleNamespace(lora=rank, **flags), dataset, Words(dataset.words), cfg)[0, 1][2] for rank in (0, 8)]
+    assert flop[1] == pytest.approx(2 / 3 * flop[0])
+
+
 # ------------------------------------------------------------------------------------------- runs
 
 @pytest.fixture(scope="module")
@@ -194,6 +202,7 @@ def test_frozen_weights_have_no_gradient_no_optimizer_state_and_no_float32_copy(
     def count(path, model, mask_tokens, average, optimizers, **more):
         gradients = [name for name, p in model.named_parameters() if p.grad is not None]
         moments = [p for optimizer in optimizers for state in optimizer.state.values() for p in state.values()]
+        assert all(p.requires_grad for optimizer in optimizers for group in optimizer.param_groups for p in group["params"])
         seen.update(model=model, gradients=gradients, moments=sum(p.nbytes for p in moments if p.ndim), live=live_bytes(),
                     masks=sum(p.nbytes for p in mask_tokens.parameters()), average=sum(p.nbytes for p in average))
     monkeypatch.setattr(train, "save_checkpoint", count)
@@ -217,11 +226,16 @@ def test_on_the_toy(tmp_path, capsys, monkeypatch):
     tiny = [*SMALL, "--eval-steps", 1]
     call(train, *tiny, "--steps", 3, "--out", tmp_path / "base")
     base = ["--init", tmp_path / "base/last.pt"]
-    call(train, *tiny, *base, "--lora", 4, "--steps", 3, "--warmup", 0, "--out", tmp_path / "run")
+    lora = [*tiny, *base, "--lora", 4, "--steps", 3, "--warmup", 0]
+    call(train, *lora, "--keep-every", 2, "--out", tmp_path / "run")
     printed = capsys.readouterr().out
     assert not (tmp_path / "run/export").exists() and "0.00M trained)" in printed and f"wrote {tmp_path / 'run/adapter'}, an adapter for sample.py --lora" in printed
     state = weights(tmp_path / "run/last.pt")
     assert state["flags"]["lr"] == 3e-4 and state["flags"]["lora_alpha"] == 4 and len(state["optimizers"]) == 1
+    (tmp_path / "again").mkdir()                           # killed after step 2, resumed
+    shutil.copy(tmp_path / "run/step_000002.pt", tmp_path / "again/last.pt")
+    call(train, *lora, "--resume", "--out", tmp_path / "again")
+    assert_same_run(state, weights(tmp_path / "again/last.pt"))
     (ours, _), (plain, _) = (load_checkpoint(tmp_path / name / "last.pt") for name in ("run", "base"))
     differ = {name for name, value in ours.model.state_dict().items() if not value.equal(plain.model.state_dict()[name])}
     assert differ == {f"llm.layers.{k}.self_attn.{name}.weight" for k in range(2) for name in ("qkv_proj", "o_proj")}
@@ -236,7 +250,7 @@ def test_on_the_toy(tmp_path, capsys, monkeypatch):
     with pytest.raises(InputError, match="it holds results of"):                   # of the adapter as it was
         call(sample, *edits)
     with pytest.raises(InputError, match=f"started with --init {tmp_path}/base/last.pt; resume it with the same"):
-        call(train, *tiny, "--init", tmp_path / "run/last.pt", "--lora", 4, "--steps", 3, "--warmup", 0, "--resume", "--out", tmp_path / "run")
+        call(train, *lora, "--init", tmp_path / "run/last.pt", "--resume", "--out", tmp_path / "run")
     call(train, *tiny, "--init", tmp_path / "run/last.pt", "--lora", 2, "--steps", 1, "--out", tmp_path / "third")      # an adapter on it
     shutil.rmtree(tmp_path / "base")
     with pytest.raises(InputError, match="run/last.pt: .*base/last.pt: there is no such checkpoint"):
