@@ -123,7 +123,7 @@ class Pairs:
 def open_data(data, split, size, seed, bad=None):
     """The data set that --data names: a toy world or a JSONL file."""
     if data not in WORLDS and not Path(data).exists():
-        raise InputError(f"--data {data}: there is no such file; a .jsonl file is needed, or one of "
+        raise InputError(f"{data}: there is no such file; a .jsonl file is needed, or one of "
                          f"{', '.join(WORLDS)}")
     return Shapes(data, split, seed) if data in WORLDS else Pairs(data, size, seed, bad)
 

@@ -341,13 +341,14 @@ def edit_prompt(editor, flags, judges, device):
     print(f"{width} x {height} pixels; {len(records)} candidates of {flags.steps} steps, {seconds:.3f} s a "
           f"step, all included")
 
-    chosen, passed = choose(records, flags.threshold) or (0, True)
+    choice = choose(records, flags.threshold)
+    chosen, passed = choice or (0, True)
     if not passed:
         print("no candidate is as faithful as --threshold asks for: the most faithful one is chosen")
     if "clip_t" in records[0]:
         text = "target caption" if flags.target_caption else "instruction"
         print(f"adherence is CLIP-T of the {text}; CLIP-Dir needs an image and two captions that differ")
-    elif len(records) > 1 and len(records[0]) == 2:
+    elif choice is None and len(records) > 1:
         print("no judge of this model's images (--clip, --dino): the first candidate is chosen, compare them "
               "on the sheet")
 

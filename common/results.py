@@ -11,6 +11,7 @@ from common.files import InputError, append, finished, make_folder, read_bytes, 
 from common.images import save_image
 from common.rows import BadRows, below, checksum, output_path, read_rows
 
+
 def inputs_of(row):
     """A checksum of what a result depends on: the row's instruction and its images."""
     return checksum(row["instruction"], [zlib.crc32(read_bytes(name)) for name in row["input_images"]])
@@ -84,7 +85,10 @@ def edit_file(flags, weights, edit_row, choose, rank, world):
         record = make_record(out, number, row, pauses, seed, path, scores)
         append(results, {**record, "settings": settings})
         new += 1
-    candidates = {}                       # {line: records}; earlier runs may have had more processes
+    for file in out.glob("chosen.*.jsonl"):                # of an earlier run with more processes
+        if int(file.suffixes[0][1:]) >= world:
+            file.unlink(missing_ok=True)
+    candidates = {}                       # {line: records}
     for file in sorted(out.glob("results.*.jsonl")):
         for record in finished(file):
             if record["id"] % world == rank:

@@ -83,6 +83,7 @@ END
 base() {                                   # captions and single edits, from scratch
     arms --data simple --steps 5600 --p-magd 0 --keep-every 800 <<< "base -"
     each_seed <<< "measure base - curve"
+    each_seed <<< "toy base-guided - base --text-scale 2.5 --image-scale 1.5"
 }
 masks() {                                  # Tables 2, 6 and 7: how much is masked, when, how often, with what
     finetunes <<'END'

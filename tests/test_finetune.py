@@ -201,12 +201,15 @@ def test_micro_batches_have_one_size_and_miss_no_sample(world):
 
 
 def test_previews_and_recomputed_blocks_leave_the_training_alone(world, tmp_path):
-    """FSDP2 keeps what it gathered for a preview of the averaged weights: the next step has to see the weights themselves."""
+    """FSDP2 keeps what it gathered for a preview or a validation of the averaged weights: the next step has to see the weights themselves."""
     folder, pairs, _ = world
     flags = ["--preset", "omnigen", "--init", f"omnigen:{folder}", "--data", pairs, "--size", 128, "--batch", 2, "--steps", 4, "--warmup", 0,
              "--lr", 1e-2, "--ema", 0.9, "--eval-steps", 1]
-    for name, every, blocks in (("with", 2, 1), ("without", 9, 0)):
-        call(train, *flags, "--sample-every", every, "--checkpointing", blocks, "--out", tmp_path / name)
+    for name, every, blocks, more in (("with", 2, 1, ["--val-data", pairs]), ("without", 9, 0, [])):
+        call(train, *flags, *more, "--sample-every", every, "--checkpointing", blocks, "--out", tmp_path / name)
+    log = [json.loads(line) for line in open(tmp_path / "with/log.jsonl")]
+    assert [line["step"] for line in log if "val_loss" in line] == [2, 4]
+    assert log[-1]["val_loss"] != log[-1]["val_loss_averaged"] and "val_exact" not in log[-1]
     a, b = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("with", "without"))
     assert all(a["model"][key].equal(b["model"][key]) for key in a["model"])
     # any checkpoint can be sampled, with the folder it was started from

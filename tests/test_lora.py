@@ -274,8 +274,13 @@ def test_two_processes_give_the_adapters_of_one(world, tmp_path):
         for name, processes in (("one", 1), ("two", 2)):
             run("train.py", *more, "--out", tmp_path / f"{name}{rank}", check=0, processes=processes)
         one, two = (weights(tmp_path / f"{name}{rank}/last.pt") for name in ("one", "two"))
-        for part in ("model", "ema", "mask_tokens"):
+        for part in ("model", "ema"):
             assert one[part].keys() == two[part].keys()
             for name in one[part]:
-                # a step moves by 0.01; where a gradient is tiny, AdamW makes its rounding as large as any other
-                torch.testing.assert_close(one[part][name], two[part][name], atol=1e-4, rtol=0)
+                torch.testing.assert_close(one[part][name], two[part][name], atol=1e-5, rtol=0, msg=name)
+        # what the mask tokens come to: where a gradient is nothing but rounding, AdamW makes a step of it
+        tokens = [magd.MaskTokens(len(own["mask_tokens"]["mlp.2.bias"])) for own in (one, two)]
+        for own, state in zip(tokens, (one, two)):
+            own.load_state_dict(state["mask_tokens"])
+        u = torch.arange(1024) / 1024
+        torch.testing.assert_close(tokens[0](u), tokens[1](u), atol=1e-5, rtol=0)
