@@ -56,7 +56,8 @@ class Toy:
 
 def distance(toy, flags):
     """Exact edits with pause tokens, with the same distance and no token, and with tokens at no distance."""
-    result = {"none": means_of(toy.evaluate())}
+    plain = means_of(toy.evaluate())
+    result = {"0 pauses": plain, "0 positions": plain, "0 pauses in place": plain}
     for count in tqdm((1, 4, 8, 16, 32), "distance"):
         result[f"{count} pauses"] = means_of(toy.evaluate(pauses=count))
         result[f"{count} positions"] = means_of(toy.evaluate(gap=count))

@@ -76,6 +76,8 @@ def commands():
     command.add_argument("--kind", choices=KINDS, default="result", help="which file of a run")
     command.add_argument("--within", action="store_true", help="compare an arm's columns with its first")
     command.add_argument("--figure", help="a PNG file of the differences")
+    command.add_argument("--lines", nargs=2, metavar=("FILE", "LABEL"),
+                         help="a PNG file of the means over the columns, whose labels are numbers")
     command.add_argument("--results", default="experiments/results.jsonl", help="runs that were kept")
     add_command(add, report).add_argument("files", nargs="+", help="Markdown files")
     command = add_command(add, keep)
@@ -86,7 +88,8 @@ def commands():
 
 def main():
     flags = commands().parse_args()
-    for path in (getattr(flags, "out", None), getattr(flags, "figure", None)):
+    lines = getattr(flags, "lines", None) or [None]
+    for path in (getattr(flags, "out", None), getattr(flags, "figure", None), lines[0]):
         if path:                                                       # found out before the work, not after
             make_folder(Path(path).parent)
     text = flags.run(flags)

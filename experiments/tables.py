@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.charts import markdown
+from common.charts import line_charts, markdown
 from common.files import InputError, optional, read_json, rows_of, write_jsonl, writing
 
 # the files of a run (toy_all.sh, photographs.py)
@@ -96,6 +96,8 @@ def table(flags):
     pairs, reference = pair_up(rows, columns, values, flags.within)
     if flags.figure:
         forest(pairs, f"paired difference to {reference}", flags.figure)
+    if flags.lines:
+        lines(pairs, *flags.lines)
     seeds = {len(own.keys() & other.keys()) for own, other in pairs.values()}
     note = f"{' to '.join(map(str, sorted({min(seeds), max(seeds)})))} seeds; mean ± 95% interval"
     if reference:
@@ -138,6 +140,18 @@ def as_markdown(pairs):
     if len(columns) > len(rows):                                       # the longer side goes down the page
         lines = [list(line) for line in zip(*lines)]
     return markdown(lines[0], lines[1:])
+
+
+def lines(pairs, path, label):
+    """Save a chart of the means with their 95% intervals, one line a row; the columns are labelled by numbers."""
+    series = {}
+    for (row, column), (own, _) in pairs.items():
+        mean, half = interval(list(own.values()))
+        try:
+            series.setdefault(row, []).append((float(column), mean, mean - half, mean + half))
+        except ValueError:
+            raise InputError(f"--lines: the label {column!r} of a column is not a number") from None
+    line_charts([("", label, "", series)], path)
 
 
 def forest(pairs, label, path):

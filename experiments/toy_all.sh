@@ -10,7 +10,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-all="distance base masks pauses plans finite passes corruptions referring scaling guidance predictions length"
+all="distance base masks pauses plans finite passes corruptions referring scaling guidance length natural"
 parts=
 while [ $# -gt 0 ] && [[ $1 != --* ]]; do
     [[ " $all " == *" $1 "* ]] || { echo "toy_all.sh: no part $1; there are $all" >&2; exit 1; }
@@ -37,8 +37,12 @@ once() {                                   # OUT FILE COMMAND: run it unless it 
     echo "$out/$file"
     "$PYTHON" "$@" > "$out/$file.txt" 2>&1 || { tail -n 1 "$out/$file.txt"; return 255; }    # xargs stops
 }
-as() {                                     # VARIANT, or "-": how a script is called
-    [ "$1" = - ] && echo -m || echo "-m experiments.variants $1"
+as() {                                     # VARIANT, "photographs" or "-": how a script is called
+    case $1 in
+        -) echo -m ;;
+        photographs) echo -m experiments.photographs ;;
+        *) echo "-m experiments.variants $1" ;;
+    esac
 }
 train() {                                  # ARM SEED VARIANT FLAGS
     local out=$STUDY/$1/$2 resume=
@@ -55,7 +59,12 @@ measure() {                                # ARM SEED VARIANT WHAT: measured on 
     local out=$STUDY/$1/$2
     once "$out" "$4.json" $(as "$3") experiments.measure "$4" --ckpt "$out/last.pt" --examples $EDITS
 }
-export -f once as train toy measure
+photographs() {                            # ARM SEED MODEL FLAGS: scores of the model of another arm
+    local out=$STUDY/$1/$2
+    once "$out" photographs.json -m experiments.photographs score --ckpt "$STUDY/$3/$2/last.pt" \
+        --examples $EXAMPLES --out "$out/photographs.json" "${@:4}"
+}
+export -f once as train toy measure photographs
 
 each_seed() {                              # reads lines "FUNCTION ARM MORE", @ is the seed: each with each
     local function arm more
@@ -69,7 +78,7 @@ arms() {                                   # FLAGS: reads lines "ARM VARIANT FLA
     while read -r arm variant flags; do echo "train $arm $variant $* $flags"; done | each_seed
 }
 finetunes() {                              # FLAGS: the same, from the base of each seed, on harder edits
-    arms --data hard --steps 800 --lr 3e-3 --muon-lr 0.015 --keep-every 200 --init "$STUDY/base/@/last.pt" "$@"
+    arms --data hard --steps 600 --lr 3e-3 --muon-lr 0.015 --keep-every 150 --init "$STUDY/base/@/last.pt" "$@"
 }
 
 distance() {                               # is it the token that harms, or the target's distance?
@@ -174,17 +183,26 @@ toy guidance-early - plain --text-scale 2.5 --image-scale 1.5 --guidance-interva
 toy guidance-late - plain --text-scale 2.5 --image-scale 1.5 --guidance-interval 0.5,1
 END
 }
-predictions() {                            # what the network predicts, from scratch
-    arms --p-magd 0 <<'END'
-predict-velocity -
-predict-noise - --prediction noise
-predict-x - --prediction x
-END
-}
 length() {                                 # twice the steps
-    finetunes --steps 1600 <<'END'
-plain-1600 - --p-magd 0
-magd-1600 - --p-magd 0.5
+    finetunes --steps 1200 <<'END'
+plain-1200 - --p-magd 0
+magd-1200 - --p-magd 0.5
+END
+    printf 'measure %s - curve\n' plain-1200 magd-1200 | each_seed
+}
+natural() {                                # a second world, of photographs, from scratch
+    arms --steps 2000 <<'END'
+photo-plain photographs --p-magd 0
+photo-magd photographs --p-magd 0.5
+photo-pauses photographs --p-magd 0 --max-pauses 32
+END
+    each_seed <<'END'
+photographs photo-plain photo-plain
+photographs photo-plain-8 photo-plain --pauses 8
+photographs photo-magd photo-magd
+photographs photo-pauses photo-pauses
+photographs photo-pauses-8 photo-pauses --pauses 8
+photographs photo-pauses-32 photo-pauses --pauses 32
 END
 }
 

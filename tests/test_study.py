@@ -169,6 +169,12 @@ def test_a_figure_is_made_of_the_same_bytes_each_time(arms):
     for name in ("a.png", "b.png"):
         call(study, "table", "plain", "magd", "one", "--figure", f"figures/{name}")
     assert Path("figures/a.png").read_bytes() == Path("figures/b.png").read_bytes()
+    columns = ["--columns", "0:iid/all/exact", "8:novel/all/exact"]
+    for name in ("c.png", "d.png"):
+        call(study, "table", "plain", "one", *columns, "--lines", f"figures/{name}", "pause tokens")
+    assert Path("figures/c.png").read_bytes() == Path("figures/d.png").read_bytes()
+    with pytest.raises(InputError, match="the label 'iid, all, exact' of a column is not a number"):
+        call(study, "table", "plain", "--columns", "iid/all/exact", "--lines", "e.png", "x")
     with pytest.raises(InputError, match="nothing is compared"):
         call(study, "table", "plain", "--figure", "c.png")
 
@@ -242,7 +248,7 @@ echo "$@" >> calls.txt
 [ "$2" = experiments.study ] && exit 0
 out=$(sed 's/.*--out \\([^ ]*\\).*/\\1/' <<< "$*")
 what=$(sed 's/.*experiments.measure \\([^ ]*\\) --ckpt \\([^ ]*\\)last.pt.*/\\2\\1.json/' <<< "$*")
-case $* in *experiments.measure*) echo {} > "$what";; *"metrics toy"*) echo {} > "$out";; *) [ -e fail ] && exit 1; echo {} > "$out/result.json"; touch "$out/last.pt";; esac
+case $* in *experiments.measure*) echo {} > "$what";; *"metrics toy"*|*"photographs score"*) echo {} > "$out";; *) [ -e fail ] && exit 1; echo {} > "$out/result.json"; touch "$out/last.pt";; esac
 """
 KEEP = "-m experiments.study keep out/study --results experiments/results.jsonl"
 REPORT = "-m experiments.study report experiments/RESULTS.md"
@@ -273,12 +279,14 @@ def test_the_scripts_train_every_arm_from_the_base_of_its_own_seed_and_width(scr
     assert "--seed 3 --eval-examples 1024 --out out/study/base/3 --data simple " in flags("base")
     assert "--init out/study/base/3/last.pt" in flags("magd") and flags("magd").startswith("-m train --preset toy ")
     assert flags("registers").startswith("-m experiments.variants registers train --preset toy ")
-    for plain, magd in (("plain", "magd"), ("plain-1600", "magd-1600")):
+    for plain, magd in (("plain", "magd"), ("plain-1200", "magd-1200")):
         assert flags(plain).replace(plain, magd).replace("--p-magd 0", "--p-magd 0.5") == flags(magd)      # one difference
     assert sum("experiments.measure pauses" in call for call in calls) == 5 and calls[-2:] == [KEEP, REPORT]
     wrong = [call for call in calls if call.endswith("--plans") and "variants wrong-plan,plan-first metrics toy" in call]
     assert len(wrong) == 1 and "--ckpt out/study/plans-first/3/last.pt" in wrong[0]
     assert any("metrics toy --ckpt out/study/plain/3/last.pt" in call and call.endswith("--guidance-interval 0,0.5") for call in calls)
+    assert flags("photo-magd").startswith("-m experiments.photographs train --preset toy --seed 3 ")
+    assert any("photographs score --ckpt out/study/photo-plain/3/last.pt" in call and call.endswith("--pauses 8") for call in calls)
     named = {name for call in calls if "variants" in call for name in call.split()[2].split(",")}
     assert named == set(VARIANTS)                                          # each is there and each is used
     assert scripts() == [KEEP, REPORT]                                     # nothing is done twice
