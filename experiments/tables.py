@@ -143,7 +143,7 @@ def as_markdown(pairs):
 
 
 def lines(pairs, path, label):
-    """Save a chart of the means with their 95% intervals, one line a row; the columns are labelled by numbers."""
+    """Save a chart of the means with their 95% intervals, one line a row; columns are labelled by numbers."""
     series = {}
     for (row, column), (own, _) in pairs.items():
         mean, half = interval(list(own.values()))
