@@ -132,7 +132,9 @@ toy plans-given-wrong wrong-plan plans --plans
 toy plans-first-given plan-first plans-first --plans
 toy plans-first-given-wrong wrong-plan,plan-first plans-first --plans
 toy plans-shuffled-given plan-shuffled plans-shuffled --plans
+toy plans-shuffled-given-wrong wrong-plan,plan-shuffled plans-shuffled --plans
 toy plans-places-given plan-places plans-places --plans
+toy plans-places-given-wrong wrong-plan,plan-places plans-places --plans
 toy magd-plans-given - magd-plans --plans
 END
 }
