@@ -309,7 +309,7 @@ def test_plans_that_cannot_be(tmp_path, world):
     folder, pairs, _ = world
     flags = ["--preset", "omnigen", "--data", pairs, "--size", 128, "--steps", 1, "--out", tmp_path / "run"]
     for more, message in ((["--init", f"omnigen:{folder}", "--batch", 6, "--micro-batch", 4], "--batch 6 is not a multiple of 1 processes x 4"),
-                          ([], "--init omnigen:FOLDER"), (["--init", "omnigen:nowhere"], "nowhere/vae/.*cannot be read")):
+                          ([], "--init omnigen:FOLDER"), (["--init", "omnigen:nowhere"], "nowhere/vae/.*no such file. The autoencoder")):
         with pytest.raises((InputError, SystemExit), match=message):
             call(train, *flags, *more)
         if dist.is_initialized():
