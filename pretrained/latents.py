@@ -95,8 +95,9 @@ ENTRY = np.dtype([("key", "S16"), *NUMBERS, ("version", "i8"), ("times", "i8", 2
 class Index:
     """What a cache holds, from the indices of all processes; of several lines of a key the newest counts.
 
-    entries: an array of ENTRY, sorted by key. A key stands there as a checksum of 128 bits, so two keys do
-    not meet. files, shapes: {name or shape: its number in the entries}. ends: {file: its bytes in use}."""
+    entries: an array of ENTRY, sorted by key. For a key stands its checksum, of 128 bits: that two of a
+    million keys have the same one has a chance of 1e-27. files, shapes: {name or shape: its number in the
+    entries}. ends: {file: its bytes in use}."""
 
     def __init__(self, folder):
         self.files = {}
@@ -110,7 +111,7 @@ class Index:
         self.entries = entries[order[newest]]
 
     def read(self, folder):
-        """Yield each line as a tuple."""
+        """Yield each line as an ENTRY."""
         for path in index_files(folder):
             for number, line, *_ in json_lines(whole_lines(path)):
                 if isinstance(line, InputError):
@@ -198,7 +199,7 @@ class Latents:
                              f"text-to-image, {1 - p_edit:.0%} of the training; add rows, or take --p-edit 1")
 
     def check(self, bad):
-        """Go through the rows -> what __init__ needs, as {name: array}."""
+        """Go through all rows -> what __init__ needs to know of them, as {name: array}."""
         index = Index(self.folder)
         again = f"run `python -m pretrained.latents {self.path}` again"
         places, latents, counts, references, captioned = (array("q") for _ in range(5))
@@ -217,7 +218,8 @@ class Latents:
                     seen[k] = True
                     names = [image, mask] if mask else [image]
                     times.extend(map(time_of, names))      # before they are read
-                    files += "".join(f"{relative(name, self.root)}\0" for name in names).encode()
+                    below = [relative(name, self.root) for name in names] if mask else [key]
+                    files += "".join(f"{name}\0" for name in below).encode()
                     if index.stale(k, names):
                         raise InputError(f"{self.path}:{place[0]}: {key} has changed since its latent was "
                                          f"made; {again}")
@@ -231,12 +233,13 @@ class Latents:
         entries = index.entries[latents]
         return {"places": np.array(places), "first": np.cumsum([0, *counts], dtype=np.int32),
                 "references": np.array(references, np.int32), "captioned": np.array(captioned, bool),
-                "latents": entries[[name for name, _ in NUMBERS]].astype(NUMBERS), "made_of": entries["crcs"].copy(),
-                "names": np.array(list(index.files)), "shapes": np.array(list(index.shapes)),
-                "times": np.array(times), "files": np.frombuffer(files, np.uint8)}
+                "latents": entries[[name for name, _ in NUMBERS]].astype(NUMBERS),
+                "made_of": entries["crcs"].copy(), "names": np.array(list(index.files)),
+                "shapes": np.array(list(index.shapes)), "files": np.frombuffer(files, np.uint8),
+                "times": np.array(times)}
 
     def times(self, files):
-        """When the files that the latents come from were changed."""
+        """files: names, each with a zero behind it, as uint8 -> when each was changed, in ns."""
         names = re.finditer(rb"[^\0]+", files.tobytes())
         return np.fromiter((time_of(os.path.join(self.root, name[0].decode())) for name in names), np.int64)
 
