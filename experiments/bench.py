@@ -259,15 +259,16 @@ def make_data(folder, n):
 
 
 def memory(pid):
-    """MB that a process has for itself, and with its share of what several have in common."""
+    """MB of a process: all that it sees, with its share of what several have in common, its own alone."""
     lines = (line.split() for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
     kb = {line[0]: int(line[1]) for line in lines}
-    return (kb["Private_Clean:"] + kb["Private_Dirty:"]) / 1e3, kb["Pss:"] / 1e3
+    return kb["Rss:"] / 1e3, kb["Pss:"] / 1e3, (kb["Private_Clean:"] + kb["Private_Dirty:"]) / 1e3
 
 
 def first_batch(rank, folder, step, start, together, results):
     """A process of a training of 128 samples a step, without the model: its data from `step` on."""
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)               # workers as those of train.py
     dataset = Latents(folder / "pairs.jsonl", folder / "pairs.latents", {})
     flags = SimpleNamespace(seed=0, p_drop=0.1, p_plan=0.5, p_masked_source=0.5, max_gap=0, max_pauses=0,
                             lora=0, t_mean=0.0, steps=step + 3, workers=WORKERS)
@@ -305,8 +306,8 @@ def data(n):
             for process in processes:
                 process.join()
             rows.append([name, *(cell(max(values)) for values in zip(*found))])
-    print(markdown(["start", "s to the first batch", "CPU s of a rank", "rank: MB of its own", "and shared",
-                    "worker: MB of its own", "and shared"], rows))
+    print(markdown(["start", "s to the first batch", "CPU s of a rank", "rank: MB", "its share", "its own",
+                    "worker: MB", "its share", "its own"], rows))
 
 
 def main():
