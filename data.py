@@ -10,6 +10,7 @@ import itertools
 import os
 import random
 import re
+from array import array
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -23,7 +24,7 @@ from tqdm import tqdm
 import magd
 from common.files import InputError
 from common.images import open_image, open_mask, shrink_mask
-from common.rows import TAG, check_tags, checksum, read_rows
+from common.rows import TAG, Rows, check_tags, checksum, good_rows
 from model import PADDING, TEXT, Condition
 from scale.cost import flops
 from toy.world import WORLDS, example, world_words
@@ -77,26 +78,27 @@ class Pairs:
         self.path = path
         self.size = size
         self.seed = seed
-        self.rows = []
+        places = array("q")
         words = set()
-        sizes = []                                         # of the files, in bytes
+        sizes = array("q")                                 # of the files, in bytes
         look = bad is not None and bad.most > 0
-        for number, row in tqdm(read_rows(path, bad=bad), "rows", disable=not look, leave=False):
+        for place, row in tqdm(good_rows(path, bad=bad), "rows", disable=not look, leave=False):
             try:
                 if look:
-                    self.load(number, row)
+                    self.load(place[0], row)
             except InputError as error:
                 bad.skip(error)
                 continue
-            self.rows.append((number, row))
+            places.extend(place)
             for text in [row["instruction"], *(row.get("plan") or [])]:
                 words |= set(split_words(re.sub(TAG, " ", text)))
             names = [*row["input_images"], row["output_image"], row.get("mask")]
-            sizes.append([os.path.getsize(name) for name in names if name and os.path.exists(name)])
-        if not self.rows:
+            sizes.extend(os.path.getsize(name) if name and os.path.exists(name) else -1 for name in names)
+        if not places:
             raise InputError(f"{path}: every row is bad")
+        self.rows = Rows(path, places=places)
         self.words = sorted(words - set(Words.special))
-        self.checksum = checksum(self.rows, sizes)
+        self.checksum = checksum(places, sizes)
 
     def bucket(self, index):
         return self.size, self.size
@@ -146,7 +148,7 @@ def shuffled(items, seed, index):
 
 @lru_cache(4)
 def permutation(n, seed):
-    return random.Random(seed).sample(range(n), n)
+    return np.array(random.Random(seed).sample(range(n), n), np.int32)
 
 
 # ------------------------------------------------------------------------------------------- prompts

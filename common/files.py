@@ -1,5 +1,6 @@
 """Files in and out. Every reader says in one line what is wrong with a file; every writer leaves the old
 file or the new one, never half of one."""
+import hashlib
 import importlib
 import json
 import os
@@ -51,15 +52,38 @@ def parse_json(text):
         raise InputError(f"not JSON ({error})") from None
 
 
-def read_bytes(path, hint=""):
-    """All bytes of a file, or InputError; `hint` says where such a file comes from."""
+@contextmanager
+def reading(path, hint=""):
+    """Open a file of bytes; what goes wrong is one line, an InputError. `hint` says where such a file comes
+    from."""
     try:
-        return Path(path).read_bytes()
+        with open(path, "rb") as file:
+            yield file
+    except InputError:
+        raise
     except (OSError, ValueError) as error:                             # ValueError: no name of a file
         reason = getattr(error, "strerror", None) or error
         if isinstance(error, FileNotFoundError):
             reason = "there is no such file"
         raise InputError(f"{path}: {reason}. {hint}".rstrip(". ")) from None
+
+
+def read_bytes(path, hint=""):
+    """All bytes of a file, or InputError."""
+    with reading(path, hint) as file:
+        return file.read()
+
+
+def read_lines(path, hint=""):
+    """The lines of a file as bytes, each with its end, one at a time; or InputError."""
+    with reading(path, hint) as file:
+        yield from file
+
+
+def file_checksum(path, hint=""):
+    """sha256 of a file's bytes, or InputError."""
+    with reading(path, hint) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_json(path, kind=dict, hint=""):
@@ -74,28 +98,40 @@ def read_json(path, kind=dict, hint=""):
     return value
 
 
-def json_lines(raw):
-    """bytes of JSONL: yield (line number, dict or InputError) for each line that is not blank."""
-    for number, line in enumerate(raw.split(b"\n"), 1):
+def parse_line(line, number):
+    """bytes of one line of JSONL -> dict, or InputError."""
+    value = parse_json(decode(line, number))
+    if not isinstance(value, dict):
+        raise InputError(f"a row is a JSON object, this is {type(value).__name__}")
+    return value
+
+
+def json_lines(lines):
+    """Lines of JSONL as bytes: yield (line number, dict or InputError, offset of the line in bytes, line) for
+    each that is not blank."""
+    offset = 0
+    for number, line in enumerate(lines, 1):
+        start = offset
+        offset += len(line)
         if not line.strip():
             continue
+        line = line.removesuffix(b"\n")
         try:
-            value = parse_json(decode(line, number))
-            if not isinstance(value, dict):
-                raise InputError(f"a row is a JSON object, this is {type(value).__name__}")
+            value = parse_line(line, number)
         except InputError as error:
             value = error
-        yield number, value
+        yield number, value, start, line
         if line[:2] in (b"\xff\xfe", b"\xfe\xff"):
             return                                                     # UTF-16: said once, not for every line
 
 
-def rows_of(path, hint="", raw=None):
-    """A JSONL file, or its bytes `raw` -> [(line number, dict)]. The first bad line raises, by number."""
-    rows = list(json_lines(read_bytes(path, hint) if raw is None else raw))
-    for number, row in rows:
+def rows_of(path, hint="", lines=None):
+    """A JSONL file, or some of its lines -> [(line number, dict)]. The first bad line raises, by number."""
+    rows = []
+    for number, row, *_ in json_lines(read_lines(path, hint) if lines is None else lines):
         if isinstance(row, InputError):
             raise InputError(f"{path}:{number}: {row}")
+        rows.append((number, row))
     return rows
 
 
@@ -169,14 +205,23 @@ def append(path, record):
         raise InputError(f"{path}: cannot be written ({error.strerror}); what was there is whole") from None
 
 
-def finished(path, cut=False):
-    """The records of a JSONL file that `append` wrote, without what a killed run left of a last line.
+def whole_lines(path):
+    """The lines of a JSONL file that `append` wrote, without what a killed run left of a last line."""
+    return (line for line in read_lines(path) if line.endswith(b"\n"))
 
-    cut: remove that rest from the file too, before more is appended. Only the process that writes it may."""
+
+def cut_rest(path):
+    """Remove that rest from the file, before more is appended. Only the process that writes it may."""
+    if Path(path).exists():
+        end = sum(map(len, whole_lines(path)))
+        if end < os.path.getsize(path):
+            os.truncate(path, end)
+
+
+def finished(path, cut=False):
+    """The records of a JSONL file that `append` wrote -> [dict]; cut: cut_rest too."""
     if not Path(path).exists():
         return []
-    raw = read_bytes(path)
-    end = raw.rfind(b"\n") + 1
-    if cut and end < len(raw):
-        os.truncate(path, end)
-    return [row for _, row in rows_of(path, raw=raw[:end])]
+    if cut:
+        cut_rest(path)
+    return [row for _, row in rows_of(path, lines=whole_lines(path))]

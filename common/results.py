@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from common.files import InputError, append, finished, make_folder, read_bytes, relative, write_jsonl
 from common.images import save_image
-from common.rows import BadRows, below, checksum, output_path, read_rows
+from common.rows import BadRows, Rows, below, checksum, output_path
 
 
 def inputs_of(row):
@@ -41,7 +41,7 @@ def edit_file(flags, weights, edit_row, choose, rank, world):
     reaches the threshold, or None; they go to chosen.RANK.jsonl."""
     out = make_folder(flags.out)
     bad = BadRows(flags.skip_bad)
-    rows = dict(read_rows(flags.data, targets=False, bad=bad))         # {line: row}
+    rows = dict(Rows(flags.data, targets=False, bad=bad))         # {line: row}
     taken = {}
     paths = {}                            # where each output goes, known before the first edit
     for number, row in rows.items():

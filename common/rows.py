@@ -3,11 +3,16 @@ import hashlib
 import json
 import os
 import re
+import secrets
+import zlib
+from array import array
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
-from common.files import InputError, json_lines, read_bytes
+from common.files import InputError, file_checksum, json_lines, parse_line, read_lines, reading, writing
 
 TAG = r"<\|image_([0-9]{1,6})\|>"
 LIKE_A_TAG = r"<(\|\s*|/)?(image|img)|<\s*(image|img)[\s_-]*\d|(image|img)[\s_-]*\d*\s*\|>"
@@ -30,29 +35,90 @@ class BadRows:
         self.say(f"skipped: {error}")
 
 
-def read_rows(path, targets=True, bad=None):
-    """A JSONL file of image pairs -> [(line number, row)], image paths joined to its folder. A bad row raises
-    InputError with its line number, unless `bad` (BadRows) takes it.
+def good_rows(path, targets=True, bad=None):
+    """A JSONL file of image pairs, a row at a time: yield (place, row), image paths joined to its folder; a
+    place, for Rows, is (line number, offset and size in bytes, crc32). A bad row raises InputError with its
+    line number, unless `bad` (BadRows) takes it.
 
     A row has instruction, input_images (a list; null or none: no images) and output_image (null if there is
     none: such a row can be edited, but not trained on); optionally mask, plan (list of steps),
     source_caption, target_caption and task. Paths are relative to the file. OmniGen's own rows have this
     form. A benchmark's row may also have id, save_as and save_also, for its scorer (tools/prepare.py)."""
     bad = bad or BadRows()
-    rows = []
-    for number, row in json_lines(read_bytes(path, "a JSONL file of image pairs is needed")):
+    folder = Path(path).parent
+    lines = read_lines(path, "a JSONL file of image pairs is needed")
+    good = False
+    for number, row, offset, line in json_lines(lines):
         try:
             if isinstance(row, InputError):
                 raise row
-            row = check_row(row, Path(path).parent)
+            row = check_row(row, folder)
             if targets and row["output_image"] is None:
                 raise InputError("output_image is null: this row can be edited, not trained on")
-            rows.append((number, row))
         except InputError as error:
             bad.skip(InputError(f"{path}:{number}: {error}"))
-    if not rows:
+            continue
+        good = True
+        yield (number, offset, len(line), zlib.crc32(line)), row
+    if not good:
         raise InputError(f"{path}: no rows")
-    return rows
+
+
+class Rows(Sequence):
+    """The rows of a JSONL file: rows[k] -> (line number, row), read when it is asked for. A line that is no
+    longer what it was when it was checked raises InputError.
+
+    In memory are only the places of the rows, so that a file of a million of them is small, and the workers
+    of a loader copy nothing. places: those of good_rows, if the file has been gone through already."""
+
+    def __init__(self, path, targets=True, bad=None, places=None):
+        self.path = path
+        if places is None:
+            places = array("q")
+            for place, _ in good_rows(path, targets, bad):
+                places.extend(place)
+        self.places = np.asarray(places).reshape(-1, 4)
+
+    def __len__(self):
+        return len(self.places)
+
+    def __getitem__(self, k):
+        number, offset, size, crc32 = self.places[k].tolist()
+        with reading(self.path) as file:
+            file.seek(offset)
+            line = file.read(size)
+        if zlib.crc32(line) != crc32:
+            raise InputError(f"{self.path}:{number}: this line has changed since the program was started; "
+                             f"start it again")
+        return number, check_row(parse_line(line, number), Path(self.path).parent)
+
+
+# ------------------------------------------------------------------------- what a check of a large file found
+
+CODE = "".join(file_checksum(Path(__file__).with_name(name)) for name in ("files.py", "rows.py"))
+
+
+def recall(path, key):
+    """What `remember` wrote -> {name: array}; None if it is not there, not whole, or of another key."""
+    try:
+        with np.load(path) as file:
+            found = dict(file)
+        return found if found.pop("key") == key else None
+    except Exception:           # numpy and zipfile have a dozen types for a file that is damaged
+        return None
+
+
+def remember(path, key, found, say=tqdm.write):
+    """Write {name: array}, made from what has the checksum `key`, for the next start. Several processes may
+    do so at once."""
+    own = Path(f"{path}.{secrets.token_hex(4)}")
+    try:
+        with writing(own, "wb") as file:
+            np.savez(file, key=key, **found)
+        os.replace(own, path)
+    except (InputError, OSError) as error:
+        own.unlink(missing_ok=True)
+        say(f"the rows will be checked again at the next start: {error}")
 
 
 def check_row(row, folder):
@@ -131,5 +197,6 @@ def output_path(out, number, row, pauses, seed, taken):
 
 
 def checksum(*parts):
-    """sha256 of values that JSON can hold: are the data of a resumed run those of its beginning?"""
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    """sha256 of arrays and values that JSON can hold: are the data of a resumed run those of its beginning?"""
+    text = json.dumps(parts, default=lambda part: hashlib.sha256(part).hexdigest())
+    return hashlib.sha256(text.encode()).hexdigest()

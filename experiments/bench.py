@@ -2,22 +2,33 @@
 
     python -m experiments.bench            the toy's size and a 384 wide one; on a large GPU OmniGen-v1's too
     python -m experiments.bench growth     an edit by OmniGen-v1, predicted, and checked at 384 wide
+    python -m experiments.bench data       the start of a training on 500,000 rows: seconds, memory (Linux)
 
 FLOPs count only the pairs of tokens that the attention rule allows. They are set against a matrix product of
 the model's sizes, (tokens, D) x (D, 2 mlp), timed in the same run.
 """
+import json
+import multiprocessing
+import os
 import statistics
+import tempfile
 import time
+import zlib
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import torch
 
 from common.charts import markdown
 from common.cli import COUNT, add_device, parser, run_script
 from common.devices import autocast, compile_blocks, fast_bf16, processes
-from common.files import write_json
+from common.files import InputError, write_json
 from common.muon import Muon
+from data import MicroBatches, Words, make_loader, split_words
 from magd import Draws, draw, magd_loss
 from model import PADDING, TEXT, Condition, Config, Transformer
+from pretrained.latents import Latents, fingerprint
 from pretrained.vae import VAE
 from sample import euler
 from scale.cost import flops
@@ -216,12 +227,96 @@ def edit_seconds(model, condition, image, repeats):
     return encode + STEPS * step
 
 
+# ------------------------------------------------------------------------------------------- data
+
+RANKS, WORKERS = 2, 4
+INSTRUCTION = "make the small boat behind the old house blue and leave the sky above the sea as it is"
+SHAPE = (8, 128, 128)                     # mean and deviation of a 1024 x 1024 image
+
+
+def make_data(folder, n):
+    """n rows and the latents of their 2 n images. The images are empty files (links to one
+    a folder), the latents all the same."""
+    latent = np.zeros(SHAPE, np.float16).tobytes()
+    cache = folder / "pairs.latents"
+    write_json(cache / "cache.json", {})
+    (cache / "0.f16").write_bytes(latent)
+    row = {"instruction": INSTRUCTION, "source_caption": INSTRUCTION, "target_caption": INSTRUCTION,
+           "task": "color"}
+    line = {"file": "0.f16", "offset": 0, "shape": SHAPE, "version": 1, "crc32": zlib.crc32(latent)}
+    with open(folder / "pairs.jsonl", "w") as rows, open(cache / "0.jsonl", "w") as index:
+        for k in range(n):
+            own = folder / "images" / f"{k // 1000:04d}"
+            if k % 1000 == 0:
+                own.mkdir(parents=True)
+                (own / "empty").touch()
+                made_of = [fingerprint(own / "empty")]
+            names = [f"images/{own.name}/{k:07d}_{kind}.jpg" for kind in ("source", "target")]
+            rows.write(json.dumps({**row, "input_images": names[:1], "output_image": names[1]}) + "\n")
+            for name in names:
+                os.link(own / "empty", folder / name)
+                index.write(json.dumps({"key": name, **line, "made_of": made_of}) + "\n")
+
+
+def memory(pid):
+    """MB of a process: all that it sees, with its share of what several have in common, its own alone."""
+    lines = (line.split() for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
+    kb = {line[0]: int(line[1]) for line in lines}
+    return kb["Rss:"] / 1e3, kb["Pss:"] / 1e3, (kb["Private_Clean:"] + kb["Private_Dirty:"]) / 1e3
+
+
+def first_batch(rank, folder, step, start, together, results):
+    """A process of a training of 128 samples a step, without the model: its data from `step` on."""
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)               # workers as those of train.py
+    dataset = Latents(folder / "pairs.jsonl", folder / "pairs.latents", {})
+    flags = SimpleNamespace(seed=0, p_drop=0.1, p_plan=0.5, p_masked_source=0.5, max_gap=0, max_pauses=0,
+                            lora=0, t_mean=0.0, steps=step + 3, workers=WORKERS)
+    items = MicroBatches(flags, dataset, Words(split_words(INSTRUCTION)), SIZES["OmniGen-v1"][0])
+    batches = make_loader(flags, items, 1, 128 // RANKS, step, rank, RANKS, torch.device("cpu"))
+    next(batches)
+    took = time.time() - start, time.process_time()
+    for _ in range(128 // RANKS):
+        next(batches)
+    together.wait()                                        # what they share, they share now
+    pid = os.getpid()
+    workers = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    results.put((*took, *memory(pid), *max(memory(worker) for worker in workers)))
+    together.wait()
+
+
+def data(n):
+    """Seconds from the start of the processes to the first batch, memory after a step more."""
+    if not Path("/proc/self/smaps_rollup").exists():
+        raise InputError("the memory of a process is read from /proc/PID/smaps_rollup, which Linux has")
+    context = multiprocessing.get_context("spawn")
+    rows = []
+    with tempfile.TemporaryDirectory() as few, tempfile.TemporaryDirectory() as many:
+        make_data(Path(few), 8)
+        make_data(Path(many), n)
+        for name, folder, step in (("8 rows", few, 0), (f"{n:,} rows, first start", many, 0),
+                                   ("second start", many, 0), ("at step 3,000", many, 3000)):
+            together = context.Barrier(RANKS)
+            results = context.Queue()
+            common = (Path(folder), step, time.time(), together, results)
+            processes = [context.Process(target=first_batch, args=(rank, *common)) for rank in range(RANKS)]
+            for process in processes:
+                process.start()
+            found = [results.get() for _ in processes]
+            for process in processes:
+                process.join()
+            rows.append([name, *(cell(max(values)) for values in zip(*found))])
+    print(markdown(["start", "s to the first batch", "CPU s of a rank", "rank: MB", "its share", "its own",
+                    "worker: MB", "its share", "its own"], rows))
+
+
 def main():
     p = parser(__doc__)
-    p.add_argument("what", nargs="?", choices=("speed", "growth"), default="speed")
+    p.add_argument("what", nargs="?", choices=("speed", "growth", "data"), default="speed")
     p.add_argument("--sizes", nargs="+", choices=SIZES, help="all that fit here if not given")
     p.add_argument("--threads", type=COUNT, help="of the CPU")
     p.add_argument("--compile", action="store_true", help="torch.compile the blocks; first_s is its cost")
+    p.add_argument("--rows", type=COUNT, default=500_000, help="of data")
     p.add_argument("--repeats", type=COUNT, default=5)
     add_device(p)
     p.add_argument("--json", help="write the records of speed to this file too")
@@ -232,6 +327,8 @@ def main():
     device = processes(flags.device)[2].type
     where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"torch {torch.__version__}, {where}, bf16 products: {fast_bf16(device)}\n")
+    if flags.what == "data":
+        return data(flags.rows)
     if flags.what == "growth":
         return growth(flags.repeats)
     fits = device == "cuda" and torch.cuda.get_device_properties(0).total_memory > 60e9

@@ -8,7 +8,7 @@ from PIL import Image
 import data
 from common.files import InputError
 from common.images import open_image, open_mask
-from common.rows import read_rows
+from common.rows import Rows
 from data import Shapes, Words, make_batch, make_condition, make_prompt, tokenize, training_prompt
 from model import PADDING, TEXT
 from toy.world import world_words
@@ -226,7 +226,7 @@ def test_bad_rows_are_named_by_line(tmp_path, line, message):
     file = tmp_path / "pairs.jsonl"
     file.write_text('{"instruction": "x", "input_images": [], "output_image": "a.png"}\n\n' + line + "\n")
     with pytest.raises(InputError, match=message) as error:
-        read_rows(file)
+        Rows(file)
     assert f"{file}:3:" in str(error.value)
 
 
@@ -234,7 +234,7 @@ def test_no_images_is_an_empty_list(tmp_path):
     png(tmp_path / "a.png")
     for inputs in ("", '"input_images": null, ', '"input_images": [], '):
         (tmp_path / "pairs.jsonl").write_text('{' + inputs + '"instruction": "x", "output_image": "a.png"}')
-        [(_, row)] = read_rows(tmp_path / "pairs.jsonl")
+        [(_, row)] = Rows(tmp_path / "pairs.jsonl")
         assert row["input_images"] == []
 
 

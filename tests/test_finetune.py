@@ -22,7 +22,7 @@ from common.files import InputError
 from common.rows import BadRows
 from data import make_batch, micro_batches, shuffled
 from pretrained import latents
-from pretrained.latents import Latents, bucket, cache_header
+from pretrained.latents import Latents, bucket, cache_header, needed
 from pretrained.omnigen import BPE, load_omnigen
 from pretrained.vae import load_vae
 from sample import load_checkpoint, load_editor
@@ -61,6 +61,21 @@ def world(tmp_path):
     return folder, pairs, tmp_path / "pairs.latents"
 
 
+def entry_of(data, key):
+    """Where the numbers of a latent are, as the data set has it."""
+    keys = [part for _, row in data.rows for part, _, _ in needed(row, data.root)]
+    return data.latents[keys.index(key)]
+
+
+def latent_of(data, key, generator):
+    return data.latent(key, entry_of(data, key), generator)
+
+
+def lines(cache):
+    """The index of a cache -> {key: line}."""
+    return {line["key"]: line for line in map(json.loads, (cache / "0.jsonl").read_text().splitlines())}
+
+
 def test_buckets():
     assert bucket(1024, 1024, 1024) == (1024, 1024) and bucket(3000, 2000, 1024) == (1024, 704) and bucket(500, 375, 1024) == (512, 384)
     assert bucket(9000, 20, 1024) == (1024, 64) and bucket(1, 1, 1024) == (64, 64)
@@ -74,11 +89,11 @@ def test_the_cache_is_what_the_autoencoder_says(world):
     mean, std = vae.encode(image)
     generator = torch.Generator().manual_seed(3)
     eps = torch.randn(mean.shape[1:], generator=torch.Generator().manual_seed(3))
-    torch.testing.assert_close(data.latent("5.jpg", generator), (mean + std * eps)[0], atol=5e-3, rtol=0)
+    torch.testing.assert_close(latent_of(data, "5.jpg", generator), (mean + std * eps)[0], atol=5e-3, rtol=0)
     blanked = image * 1.0
     blanked[:, :, :, 32:] = 128 / 127.5 - 1
     mean, _ = vae.encode(blanked)
-    entry = data.entries["5.jpg without 5_mask.png"]
+    entry = lines(cache)["5.jpg without 5_mask.png"]
     stored = np.memmap(cache / entry["file"], np.float16, "r")[entry["offset"] // 2:][:int(np.prod(entry["shape"]))]
     torch.testing.assert_close(torch.from_numpy(stored.astype(np.float32)).view(entry["shape"])[:4], mean[0], atol=5e-3, rtol=0)
 
@@ -105,7 +120,8 @@ def test_an_interrupted_cache_continues(world, capsys):
     Image.linear_gradient("L").resize((64, 64)).save(pairs.parent / "5.jpg")
     call(latents, *again)
     assert "2 new latents" in capsys.readouterr().out
-    assert Latents(pairs, cache, cache_header(folder / "vae", 128)).entries["5.jpg"]["file"] == "0.f16"           # the newest counts
+    data = Latents(pairs, cache, cache_header(folder / "vae", 128))
+    assert data.names[entry_of(data, "5.jpg")["file"]] == "0.f16"                               # the newest counts
     call(latents, *again)
     assert "0 new latents" in capsys.readouterr().out
 
@@ -164,10 +180,10 @@ def test_a_cache_that_does_not_fit_is_refused(world, tmp_path):
         Latents(pairs, tmp_path / "none", header)
     data = Latents(pairs, cache, header)
     raw = bytearray((cache / "0.f16").read_bytes())
-    raw[data.entries["3.jpg"]["offset"] + 9] ^= 1
+    raw[entry_of(data, "3.jpg")["offset"] + 9] ^= 1
     (cache / "0.f16").write_bytes(raw)
     with pytest.raises(InputError, match="the latent of 3.jpg is damaged"):
-        Latents(pairs, cache, header).latent("3.jpg", torch.Generator())
+        latent_of(Latents(pairs, cache, header), "3.jpg", torch.Generator())
     pairs.write_text(pairs.read_text() + json.dumps({"instruction": "x", "input_images": [], "output_image": "0_mask.png"}))
     with pytest.raises(InputError, match=r"pairs.jsonl:9: .*0_mask.png is not in .*run `python -m pretrained.latents"):
         Latents(pairs, cache, header)
@@ -293,7 +309,7 @@ def test_plans_that_cannot_be(tmp_path, world):
     folder, pairs, _ = world
     flags = ["--preset", "omnigen", "--data", pairs, "--size", 128, "--steps", 1, "--out", tmp_path / "run"]
     for more, message in ((["--init", f"omnigen:{folder}", "--batch", 6, "--micro-batch", 4], "--batch 6 is not a multiple of 1 processes x 4"),
-                          ([], "--init omnigen:FOLDER"), (["--init", "omnigen:nowhere"], "nowhere/vae/.*cannot be read")):
+                          ([], "--init omnigen:FOLDER"), (["--init", "omnigen:nowhere"], "nowhere/vae/.*no such file. The autoencoder")):
         with pytest.raises((InputError, SystemExit), match=message):
             call(train, *flags, *more)
         if dist.is_initialized():

@@ -18,7 +18,7 @@ from helpers import ROOT
 from PIL import Image
 
 from common.files import InputError
-from common.rows import read_rows
+from common.rows import Rows
 from tools import endpoint, grades, mllm
 
 KEY = "sk-test/4711-do-not-print-this-key"
@@ -172,7 +172,7 @@ def test_a_plan_is_asked_with_image_caption_and_instruction(server, tmp_path, mo
     assert os.path.samefile(out.parent / row["input_images"][0], tmp_path / "data/source.png")
     assert row["output_image"] == "../../data/target0.png"
     assert lines(out.with_suffix(".raw.jsonl")) == [{"row": 1, "call": "plan", "reply": json.dumps(STEPS)}]
-    (_, again), = read_rows(out)                                       # it is a training file
+    (_, again), = Rows(out)                                       # it is a training file
     assert again["plan"] == STEPS["steps"]
     assert call("plan", server, data, out) == 0 and len(server.requests) == 1
 

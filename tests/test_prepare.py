@@ -12,7 +12,7 @@ from PIL import Image
 
 from common.files import InputError
 from common.images import open_image
-from common.rows import read_rows
+from common.rows import Rows
 from tools import prepare
 
 
@@ -120,7 +120,7 @@ def test_magicbrush_folder(tmp_path, monkeypatch, capsys):
     test = path.with_name("magicbrush-test.jsonl")
     assert code == 0
     assert out == [f"{path}: 3 rows, 3 with a mask", f"{test}: 3 rows, 3 with a mask", "0 rows skipped"]
-    rows = [row for _, row in read_rows(path)]
+    rows = [row for _, row in Rows(path)]
     assert [(r["id"], r["turn"], r["turns"], r["split"], r["instruction"]) for r in rows] == [
         ("7-1", 1, 2, "dev", "add a hat"), ("7-2", 2, 2, "dev", "make it red"),
         ("9-1", 1, 1, "dev", "remove it")]
@@ -143,7 +143,7 @@ def test_images_are_found_through_linked_folders(tmp_path, out):
     (tmp_path / "link").symlink_to(tmp_path / "a/b")
     (tmp_path / "to").symlink_to(tmp_path / "a/b")
     prepare.prepare("magicbrush", tmp_path / "link/../from", tmp_path / out)
-    _, row = read_rows(tmp_path / out / "magicbrush-dev.jsonl")[0]
+    _, row = Rows(tmp_path / out / "magicbrush-dev.jsonl")[0]
     assert is_color(row["input_images"][0], RED)
 
 
@@ -153,7 +153,7 @@ def test_a_transparent_mask_becomes_black_and_white_at_the_size_of_the_source(tm
     scale = size[0] // 8
     put(source / "dev/images/7/7-mask1.png", hole(size, tuple(scale * k for k in (2, 1, 5, 4))))
     prepare.prepare("magicbrush", source, tmp_path / "to")
-    _, row = read_rows(tmp_path / "to/magicbrush-dev.jsonl")[0]
+    _, row = Rows(tmp_path / "to/magicbrush-dev.jsonl")[0]
     expected = np.zeros((6, 8), np.uint8)
     expected[1:4, 2:5] = 255
     assert (np.asarray(open_image(row["mask"])) == expected[:, :, None]).all()
@@ -166,7 +166,7 @@ def test_an_opaque_mask_marks_white_and_one_that_marks_nothing_is_left_out(tmp_p
     painted.save(source / "dev/images/7/7-mask1.png")
     put(source / "dev/images/9/9-mask1.png", picture(RED))
     _, out = run(monkeypatch, capsys, "magicbrush", source / "dev", tmp_path)             # FROM is one split
-    rows = [row for _, row in read_rows(tmp_path / "magicbrush-dev.jsonl")]
+    rows = [row for _, row in Rows(tmp_path / "magicbrush-dev.jsonl")]
     assert out[0].endswith("3 rows, 2 with a mask") and "mask" not in rows[2]
     assert (np.asarray(open_image(rows[0]["mask"]))[:, :, 0] == [255] * 4 + [0] * 4).all()
 
@@ -209,7 +209,7 @@ def test_magicbrush_parquet_in_several_shards(tmp_path, parquet):
     train = tmp_path / "to/magicbrush-train.jsonl"
     dev = tmp_path / "to/magicbrush-dev.jsonl"
     assert counts == {dev: (1, 1), train: (2, 2)} and skipped == []
-    rows = [row for _, row in read_rows(train)]
+    rows = [row for _, row in Rows(train)]
     assert [(r["id"], r["turn"], r["instruction"], r["split"]) for r in rows] == [
         ("7-1", 1, "edit 1", "train"), ("7-2", 2, "edit 2", "train")]
     assert is_color(rows[1]["input_images"][0], RED) and rows[1]["output_image"].endswith(".jpg")
@@ -263,11 +263,11 @@ def test_ultraedit_both_splits(tmp_path, parquet):
     counts, skipped = prepare.prepare("ultraedit", tmp_path, tmp_path / "to")
     reason, = skipped
     assert "FreeForm-00000-of-00002-0a1b2c.parquet row 1: not an image that can be read" in reason
-    one, two = (row for _, row in read_rows(tmp_path / "to/ultraedit-FreeForm.jsonl"))
+    one, two = (row for _, row in Rows(tmp_path / "to/ultraedit-FreeForm.jsonl"))
     assert one["instruction"] == "add rain" and one["target_caption"] == "a wet street" and "mask" not in one
     assert one["idx"] == two["idx"] == 5 and one["id"] != two["id"]    # idx need not be unique
     assert is_color(one["input_images"][0], RED) and is_color(one["output_image"], BLUE)
-    (_, region), = read_rows(tmp_path / "to/ultraedit-RegionBase.jsonl")
+    (_, region), = Rows(tmp_path / "to/ultraedit-RegionBase.jsonl")
     assert is_color(region["mask"], (255,) * 3)
     assert "source_caption" not in region and region["target_caption"] == "a wet street"
     assert not {"save_as", "save_also"} & set(region)                                     # not a benchmark
@@ -299,7 +299,7 @@ def test_images_are_named_by_what_they_are(tmp_path, parquet, kind, ending):
     parquet(tmp_path / "FreeForm/0000.parquet",
             [{"edit_prompt": "x", "source_image": image, "edited_image": image}])
     prepare.prepare("ultraedit", tmp_path, tmp_path / "to")
-    (_, row), = read_rows(tmp_path / "to/ultraedit-FreeForm.jsonl")
+    (_, row), = Rows(tmp_path / "to/ultraedit-FreeForm.jsonl")
     assert row["input_images"][0].endswith(f"-source.{ending}")
     assert open_image(row["input_images"][0]).size == (8, 6)
 
@@ -335,13 +335,13 @@ def test_aurora(tmp_path, monkeypatch, capsys):
         f"{source}/data/kubric/train.json row 1: {source}/data/kubric/images/rotate/0002/image1.jpg: "
         "there is no such image",
         f"{source}/data/kubric/train.json row 2: expected an instruction, this is []"]
-    (_, row), = read_rows(tmp_path / "to/aurora-kubric.jsonl")
+    (_, row), = Rows(tmp_path / "to/aurora-kubric.jsonl")
     # of a list of instructions, the first
     assert (row["instruction"], row["task"], row["split"]) == ("turn it", "rotate", "kubric")
     assert is_color(row["input_images"][0], RED) and is_color(row["output_image"], GREEN)
-    (_, row), (_, plain) = read_rows(tmp_path / "to/aurora-magicbrush.jsonl")
+    (_, row), (_, plain) = Rows(tmp_path / "to/aurora-magicbrush.jsonl")
     assert np.asarray(open_image(row["mask"]))[:, :, 0].sum() == 9 * 255 and "mask" not in plain
-    assert read_rows(tmp_path / "to/aurora-ag.jsonl")[0][1]["task"] == "ag"
+    assert Rows(tmp_path / "to/aurora-ag.jsonl")[0][1]["task"] == "ag"
 
 
 # ------------------------------------------------------------------------------------------- Emu-Edit

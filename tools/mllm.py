@@ -33,7 +33,7 @@ from tqdm import tqdm
 from common.cli import COUNT, add_command, number, parser, run_script
 from common.files import InputError, append, finished, make_folder, relative, rows_of, write_jsonl
 from common.images import open_image
-from common.rows import check_tags, read_rows
+from common.rows import Rows, check_tags
 from tools.endpoint import Endpoint, StopRun, address, key_from, request_fields
 
 MOST_SIDE = 1024                          # pixels: larger images are scaled down before they are sent
@@ -214,7 +214,7 @@ def complete(flags, rows, done, job):
 def plan(flags):
     """Add an expressive plan of up to five steps to every row of a training file."""
     rows = {}
-    for line, row in read_rows(flags.data):
+    for line, row in Rows(flags.data):
         record = {key: value for key, value in row.items() if key != "plan"}
         record["row"] = line
         record["input_images"] = [from_out(flags, line, path) for path in row["input_images"]]

@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common.cli import COUNT, SEED, add_command, parser, run_script
-from common.files import InputError, json_lines, read_bytes, write_jsonl
+from common.files import InputError, json_lines, read_lines, write_jsonl
 from common.images import open_image, open_mask, save_image, sheet
 from common.rows import check_row, output_path
 from data import Shapes, open_data
@@ -60,7 +60,7 @@ def check(flags):
     good = bad = without_target = 0
     folder = Path(flags.data).parent
     taken = {}
-    for number, row in tqdm(json_lines(read_bytes(flags.data)), desc="rows", unit=""):
+    for number, row, *_ in tqdm(json_lines(read_lines(flags.data)), desc="rows", unit=""):
         try:
             if isinstance(row, InputError):
                 raise row
