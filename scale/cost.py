@@ -59,10 +59,13 @@ def sampling_memory(model, pixels, images, low_memory):
     L = images * N + 100                                   # of the condition; 100 for the text
     branches = 1 if low_memory else 3 if images else 2     # at once, padded to the longest
     kept = branches * (L + N) * 2 * cfg.layers * cfg.width * element
-    work = branches * max(L, N) * (6 * cfg.width + 3 * cfg.mlp) * element
+    work = branches * max(L, N) * (9 * cfg.width + 4 * cfg.mlp) * element
     weights = sum(p.nbytes for p in model.parameters())
-    autoencoder = 1.8e9 * pixels / 2**20                   # of float32, as tests/test_omnigen.py counts
-    return weights + max(kept + work, autoencoder) + (0 if low_memory else 0.33e9)
+    autoencoder = 0.33e9                                   # in float32; its maps as a count of them says
+    maps = 1.6e9 * pixels / 2**20
+    if low_memory:                                         # it is elsewhere while the transformer runs
+        return weights + max(kept + work, autoencoder + maps)
+    return weights + autoencoder + max(kept + work, maps)
 
 
 def blocks_to_recompute(model, tokens, averaged, world, available, wanted=None):
