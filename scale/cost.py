@@ -51,8 +51,8 @@ def memory(model, tokens, averaged, world, recomputed):
 
 def sampling_memory(model, pixels, images, low_memory):
     """About how many bytes a device needs for an edit of so many pixels with reference images as large:
-    weights, keys and values of the branches of guidance, one block at work; or the autoencoder's maps, if they
-    are more. Not counted: the allocator's losses."""
+    weights, keys and values of the branches of guidance, one block at work; or the autoencoder's maps, if
+    they are more. Not counted: the allocator's losses."""
     cfg = model.cfg
     element = next(model.parameters()).element_size()
     N = pixels // (8 * cfg.patch)**2                       # tokens of an image
@@ -61,8 +61,8 @@ def sampling_memory(model, pixels, images, low_memory):
     kept = branches * (L + N) * 2 * cfg.layers * cfg.width * element
     work = branches * max(L, N) * (9 * cfg.width + 4 * cfg.mlp) * element
     weights = sum(p.nbytes for p in model.parameters())
-    autoencoder = 0.33e9                                   # in float32; its maps as a count of them says
-    maps = 1.6e9 * pixels / 2**20
+    autoencoder = 0.33e9                                   # in float32
+    maps = 1.6e9 * pixels / 2**20                          # as tests/test_omnigen.py counts
     if low_memory:                                         # it is elsewhere while the transformer runs
         return weights + max(kept + work, autoencoder + maps)
     return weights + autoencoder + max(kept + work, maps)

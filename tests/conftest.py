@@ -7,7 +7,7 @@ torch.set_num_threads(2)
 
 
 def pytest_configure(config):
-    """Only `pytest -m gpu` sees a GPU: the bounds of the other tests, and their two processes, are for the CPU."""
+    """Only `pytest -m gpu` sees a GPU: bounds and pairs of processes of the other tests are for the CPU."""
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 

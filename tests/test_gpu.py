@@ -43,6 +43,7 @@ def losses(*command, out):
 def peak(function):
     """-> bytes that a function needs beside those there before it, at the most; what it returns."""
     gc.collect()
+    torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     result = function()
