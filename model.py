@@ -425,11 +425,11 @@ class Transformer(nn.Module):
         layers = []
         own = queries(runs, 0, L)
         for block in self.llm.layers[:-1]:
-            x, keys_values = block(x, rope, own)                    # (B, L, D)
-            layers.append(keys_values)
-        _, keys_values = self.llm.layers[-1](x, rope, None)      # of the last layer nothing else is needed
-        layers.append(keys_values)
-        layers = [tuple(F.pad(value, (0, 0, 0, 1 + N)) for value in pair) for pair in layers]  # (B, H, S, E)
+            x, pair = block(x, rope, own)                           # (B, L, D)
+            # copied at once: the values are a view that would keep the layer's queries in memory
+            layers.append(tuple(F.pad(value, (0, 0, 0, 1 + N)) for value in pair))  # (B, H, S, E) each
+        _, pair = self.llm.layers[-1](x, rope, None)             # of the last layer nothing else is needed
+        layers.append(tuple(F.pad(value, (0, 0, 0, 1 + N)) for value in pair))
         return Cache(layers, self.rope(position, long), queries(runs, L, L + 1 + N))
 
     @torch.no_grad()

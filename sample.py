@@ -94,8 +94,8 @@ def generate(model, tokenizer, prompts, images, x0, steps=50, text_scale=2.5, im
         for group in [branches] if together else [[branch] for branch in branches]:
             texts = [text for _, own, _ in group for text in own]
             references = [own for _, _, lists in group for own in lists]
-            cache = model.encode(make_condition(tokenizer, texts, references, P).to(device), N)
-            caches.append(cache.to("cpu") if low_memory else cache)
+            condition = make_condition(tokenizer, texts, references, P).to(device)
+            caches.append(model.encode(condition, N).to("cpu" if low_memory else device))
 
         def velocities(x, t, caches):
             v = []

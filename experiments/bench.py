@@ -4,8 +4,9 @@
     python -m experiments.bench growth     an edit by OmniGen-v1, predicted, and checked at 384 wide
     python -m experiments.bench data       the start of a training on 500,000 rows: seconds, memory (Linux)
 
-FLOPs count only the pairs of tokens that the attention rule allows. They are set against a matrix product of
-the model's sizes, (tokens, D) x (D, 2 mlp), timed in the same run.
+FLOPs count only the pairs of tokens that the attention rule allows, and nothing twice that the backward
+recomputes. They are set against a matrix product of the model's sizes, (tokens, D) x (D, 2 mlp), timed in the
+same run, and (mfu) against the peak of a GPU that scale/cost.py knows.
 """
 import json
 import multiprocessing
@@ -31,7 +32,7 @@ from model import PADDING, TEXT, Condition, Config, Transformer
 from pretrained.latents import Latents, fingerprint
 from pretrained.vae import VAE
 from sample import euler
-from scale.cost import flops
+from scale.cost import flops, peak_tflops
 from train import PRESETS
 
 TOY = {key: PRESETS["toy"][key] for key in ("width", "layers", "heads", "mlp", "patch")}
@@ -124,6 +125,7 @@ def speed(name, device, repeats, compiled):
     x = torch.randn(max(3, batch), cfg.channels, *image, device=device)
     t = torch.full((len(x),), 0.5, device=device)
     product = product_rate(batch * (one.kind.shape[1] + 1 + N), cfg, device, half, repeats)
+    dense = peak_tflops(torch.cuda.get_device_name()) if device == "cuda" else None
     records = []
 
     def record(what, function, work, images=None, count=repeats):
@@ -133,7 +135,8 @@ def speed(name, device, repeats, compiled):
         peak = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else None
         records.append({"size": name, "what": what, "ms": 1000 * took, "first_s": first,
                         "images_per_s": images and images / took, "tflops": work / took / 1e12,
-                        "of_product": work / took / product, "peak_gb": peak})
+                        "of_product": work / took / product, "mfu": dense and work / took / 1e12 / dense,
+                        "peak_gb": peak})
 
     with torch.no_grad(), autocast(device):
         encode, step = edit_flops(cfg, three, N)
@@ -151,6 +154,9 @@ def speed(name, device, repeats, compiled):
             optimizer.step()
     work = 3 * batch * flops(cfg, one.kind[0], N)
     record(f"training, forward and backward, batch {batch}", train, work, batch)
+    if name == "OmniGen-v1":
+        model.checkpointing = cfg.layers
+        record("the same, all blocks recomputed", train, work, batch)
     if name == "toy":                                                  # AdamW alone is hardly any arithmetic
         matrices = [p for p in model.llm.layers.parameters() if p.ndim == 2]
         rest = [p for p in model.parameters() if all(p is not m for m in matrices)]

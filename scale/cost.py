@@ -50,20 +50,22 @@ def memory(model, tokens, averaged, world, recomputed):
 
 
 def sampling_memory(model, pixels, images, low_memory):
-    """About how many bytes a device needs for an edit of so many pixels with reference images as large, three
-    branches of guidance: weights, keys and values, one block at work; or the autoencoder's maps, if they are
-    more. Not counted: the allocator's losses."""
+    """About how many bytes a device needs for an edit of so many pixels with reference images as large:
+    weights, keys and values of the branches of guidance, one block at work; or the autoencoder's maps, if
+    they are more. Not counted: the allocator's losses."""
     cfg = model.cfg
     element = next(model.parameters()).element_size()
     N = pixels // (8 * cfg.patch)**2                       # tokens of an image
     L = images * N + 100                                   # of the condition; 100 for the text
-    rows = [L + N, L + N, 100 + N]                         # of the three branches
-    one = max if low_memory else sum
-    kept = one(rows) * 2 * cfg.layers * cfg.width * element
-    work = one([max(L, N)] * 3) * (6 * cfg.width + 3 * cfg.mlp) * element
+    branches = 1 if low_memory else 3 if images else 2     # at once, padded to the longest
+    kept = branches * (L + N) * 2 * cfg.layers * cfg.width * element
+    work = branches * max(L, N) * (9 * cfg.width + 4 * cfg.mlp) * element
     weights = sum(p.nbytes for p in model.parameters())
-    autoencoder = 1.8e9 * pixels / 2**20                   # of float32, as tests/test_omnigen.py counts
-    return weights + max(kept + work, autoencoder) + (0 if low_memory else 0.33e9)
+    autoencoder = 0.33e9                                   # in float32
+    maps = 1.6e9 * pixels / 2**20                          # as tests/test_omnigen.py counts
+    if low_memory:                                         # it is elsewhere while the transformer runs
+        return weights + max(kept + work, autoencoder + maps)
+    return weights + autoencoder + max(kept + work, maps)
 
 
 def blocks_to_recompute(model, tokens, averaged, world, available, wanted=None):

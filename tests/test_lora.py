@@ -13,7 +13,7 @@ import torch
 from helpers import SMALL, call, omnigen_folder, read_safetensors, run, tiny_model
 from test_finetune import photographs
 from test_model import condition
-from test_omnigen import REFERENCE, condition_of, released_model
+from test_omnigen import REFERENCE, condition_of, loss_of, released_model
 from test_train import assert_same_run, weights
 
 import magd
@@ -41,17 +41,11 @@ def moved(model, std=0.05):
     return model
 
 
+@torch.no_grad()
 def velocity(model):
-    with torch.no_grad():
-        return model(torch.cat([REFERENCE[f"forward/batch2/x_{b}"] for b in range(2)]), torch.tensor([0.9, 0.3]), condition_of("batch2"))
-
-
-def loss_of(model):
-    nothing = torch.ones(len(REFERENCE["train/t"]))        # is masked
-    draws = magd.Draws(REFERENCE["train/x0"], REFERENCE["train/t"], nothing, nothing[:, None], nothing)
-    loss, _ = magd.magd_loss(model, REFERENCE["train/x1"], condition_of("batch2"), draws)
-    loss.mean().backward()
-    return loss.detach()
+    device = model.pos_embed.device
+    x = torch.cat([REFERENCE[f"forward/batch2/x_{b}"] for b in range(2)]).to(device)
+    return model(x, torch.tensor([0.9, 0.3], device=device), condition_of("batch2").to(device)).cpu()
 
 
 @pytest.mark.parametrize("mlp", [False, True])
@@ -86,15 +80,23 @@ def test_an_adapter_is_a_matrix_of_low_rank_and_merges_into_its_own():
 
 # ------------------------------------------------------------------------------------------- PEFT
 
-def test_it_computes_what_peft_computes(tmp_path):
-    """Velocities, loss, gradients; and what is written is what PEFT wrote: names and tensors."""
+def check_adapter(device="cpu", bound=1e-5):
+    """Velocities, loss, gradients -> the model. Here and on a GPU (tests/test_gpu.py)."""
     expected = read_safetensors(PEFT / "reference.safetensors")
     model = released_model()
     load_lora(model, PEFT)
+    model.to(device)
     torch.testing.assert_close(velocity(model), expected["velocity"], atol=1e-4, rtol=0)
-    torch.testing.assert_close(loss_of(model), expected["loss"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(loss_of(model), expected["loss"], atol=bound, rtol=0)
+    assert all((p.grad is None) == ("lora_" not in name) for name, p in model.named_parameters())
     for name, p in trained(model).items():
-        torch.testing.assert_close(p.grad, expected[f"grad/base_model.model.{name}"], atol=1e-5, rtol=0, msg=name)
+        torch.testing.assert_close(p.grad.cpu(), expected[f"grad/base_model.model.{name}"], atol=bound, rtol=0, msg=name)
+    return model
+
+
+def test_it_computes_what_peft_computes(tmp_path):
+    """And what is written is what PEFT wrote: names and tensors."""
+    model = check_adapter()
     save_lora(model, tmp_path, "omnigen:OmniGen-v1")
     written, theirs = (read_safetensors(folder / "adapter_model.safetensors") for folder in (tmp_path, PEFT))
     assert written.keys() == theirs.keys() and all(value.equal(theirs[name]) for name, value in written.items())
