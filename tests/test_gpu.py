@@ -137,7 +137,7 @@ def test_a_step_needs_the_memory_of_the_estimate_and_recomputed_blocks_less(rank
     try:
         for blocks in (0, 8, 16):
             need, (estimate, gradient) = peak(lambda: two_steps(blocks, rank))
-            assert 0.6 < need / estimate < 1.15, (blocks, need, estimate)
+            assert 0.6 < need / estimate < 1.2, (blocks, need, estimate)       # train.py leaves a fifth of a GPU free
             needs.append(need)
             gradients.append(gradient)
     finally:
