@@ -12,7 +12,7 @@ from common.charts import line_charts, markdown
 from common.files import InputError, optional, read_json, rows_of, write_jsonl, writing
 
 # the files of a run (toy_all.sh, photographs.py)
-KINDS = ("result", "toy", "distance", "pauses", "curve", "scaling", "photographs")
+KINDS = ("result", "distance", "pauses", "curve", "scaling", "photographs")
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")       # the colour-blind can tell them apart
 # Student's t, 97.5%, for 1 to 9 degrees of freedom; for more the last one serves, a little too wide
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)

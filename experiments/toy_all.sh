@@ -10,7 +10,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-all="distance base masks pauses plans finite passes corruptions referring scaling guidance length natural"
+all="distance base masks pauses plans finite passes corruptions referring scaling guidance"
+all="$all length adapters natural"
 parts=
 while [ $# -gt 0 ] && [[ $1 != --* ]]; do
     [[ " $all " == *" $1 "* ]] || { echo "toy_all.sh: no part $1; there are $all" >&2; exit 1; }
@@ -52,8 +53,8 @@ train() {                                  # ARM SEED VARIANT FLAGS
 }
 toy() {                                    # ARM SEED VARIANT MODEL FLAGS: scores of the model of another arm
     local out=$STUDY/$1/$2
-    once "$out" toy.json $(as "$3") metrics toy --ckpt "$STUDY/$4/$2/last.pt" --steps 10 \
-        --examples $EXAMPLES --out "$out/toy.json" "${@:5}"
+    once "$out" result.json $(as "$3") metrics toy --ckpt "$STUDY/$4/$2/last.pt" --steps 10 \
+        --examples $EXAMPLES --out "$out/result.json" "${@:5}"
 }
 measure() {                                # ARM SEED VARIANT WHAT: measured on that arm's own model
     local out=$STUDY/$1/$2
@@ -191,6 +192,9 @@ plain-1200 - --p-magd 0
 magd-1200 - --p-magd 0.5
 END
     printf 'measure %s - curve\n' plain-1200 magd-1200 | each_seed
+}
+adapters() {                               # LoRA instead of all weights
+    finetunes <<< "lora-16 - --p-magd 0 --lora 16 --lr 3e-2 --muon-lr 0"
 }
 natural() {                                # a second world, of photographs, from scratch
     arms --steps 2000 <<'END'

@@ -154,7 +154,7 @@ def test_an_arm_is_a_name_in_the_results_or_a_folder_written_with_a_slash(arms, 
     call(study, "table", "magd")
     for flags, message in ((["./magd"], "./magd: no SEED/result.json in this folder"),
                            (["nothing"], "nothing: no result of this arm in experiments/results.jsonl"),
-                           (["plain", "--kind", "toy"], "plain: no toy of this arm"),
+                           (["plain", "--kind", "curve"], "plain: no curve of this arm"),
                            (["plain", "--columns", "iid/local/exact"], "plain, result of seed 0: no 'local' of iid/local/exact; there are all"),
                            (["plain", "--columns", "iid/all"], "iid/all is not a number"),
                            (["plain", "--columns", "x:iid/all/exact", "x:novel/all/exact"], "two have one label among x")):
@@ -197,7 +197,7 @@ def test_a_finished_run_is_kept_once_whoever_keeps_it_at_the_same_time(arms):
     for k in range(8):
         folder = arms / f"out{k}" / f"arm{k}" / "0"
         folder.mkdir(parents=True)
-        (folder / "toy.json").write_text(json.dumps({"value": k, "seed": 99}))
+        (folder / "curve.json").write_text(json.dumps({"value": k, "seed": 99}))
     first = Path("experiments/results.jsonl").read_text()
     threads = [threading.Thread(target=tables.keep, args=[Namespace(folder=f"out{k % 8}", results="experiments/results.jsonl")])
                for k in range(16)]
@@ -208,8 +208,8 @@ def test_a_finished_run_is_kept_once_whoever_keeps_it_at_the_same_time(arms):
     rows = [json.loads(line) for line in Path("experiments/results.jsonl").read_text().splitlines()]
     keys = [(row["arm"], row["kind"], row["seed"]) for row in rows]
     assert keys == sorted(set(keys)) and len(rows) == len(first.splitlines()) + 8
-    assert {(row["arm"], row["seed"], row["value"]) for row in rows if row["kind"] == "toy"} == {(f"arm{k}", 0, k) for k in range(8)}
-    (arms / "out3/arm3/0/toy.json").write_text(json.dumps({"value": 33}))
+    assert {(row["arm"], row["seed"], row["value"]) for row in rows if row["kind"] == "curve"} == {(f"arm{k}", 0, k) for k in range(8)}
+    (arms / "out3/arm3/0/curve.json").write_text(json.dumps({"value": 33}))
     call(study, "keep", "out3")
     rows = [json.loads(line) for line in Path("experiments/results.jsonl").read_text().splitlines()]
     assert len(rows) == len(keys) and [row["value"] for row in rows if row["arm"] == "arm3"] == [33]
