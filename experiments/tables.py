@@ -143,12 +143,12 @@ def as_markdown(pairs):
 
 
 def lines(pairs, path, label):
-    """Save a chart of the means with their 95% intervals, one line a row; columns are labelled by numbers."""
+    """Save a chart of the means and of the range of the seeds, a line a row; columns are labelled by numbers."""
     series = {}
     for (row, column), (own, _) in pairs.items():
-        mean, half = interval(list(own.values()))
+        seeds = list(own.values())
         try:
-            series.setdefault(row, []).append((float(column), mean, mean - half, mean + half))
+            series.setdefault(row, []).append((float(column), np.mean(seeds), min(seeds), max(seeds)))
         except ValueError:
             raise InputError(f"--lines: the label {column!r} of a column is not a number") from None
     line_charts([("", label, "", series)], path)
