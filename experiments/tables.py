@@ -143,7 +143,7 @@ def as_markdown(pairs):
 
 
 def lines(pairs, path, label):
-    """Save a chart of the means and of the range of the seeds, a line a row; columns are labelled by numbers."""
+    """Save a chart of the means and the range of the seeds, a line a row; columns are labelled by numbers."""
     series = {}
     for (row, column), (own, _) in pairs.items():
         seeds = list(own.values())
