@@ -218,10 +218,8 @@ def cut_rest(path):
             os.truncate(path, end)
 
 
-def finished(path, cut=False):
-    """The records of a JSONL file that `append` wrote -> [dict]; cut: cut_rest too."""
+def finished(path):
+    """The records of a JSONL file that `append` wrote -> [dict]."""
     if not Path(path).exists():
         return []
-    if cut:
-        cut_rest(path)
     return [row for _, row in rows_of(path, lines=whole_lines(path))]

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from common.files import InputError, append, finished, make_folder, read_bytes, relative, write_jsonl
+from common.files import (InputError, append, cut_rest, finished, make_folder, read_bytes, relative,
+                          write_jsonl)
 from common.images import save_image
 from common.rows import BadRows, Rows, below, checksum, output_path
 
@@ -55,7 +56,7 @@ def edit_file(flags, weights, edit_row, choose, rank, world):
     settings = json.loads(json.dumps({**settings, "data": str(Path(flags.data).resolve()),
                                       "weights_written": max(map(os.path.getmtime, weights))}))
     results = out / f"results.{rank}.jsonl"
-    finished(results, cut=True)
+    cut_rest(results)
     old = [record for file in sorted(out.glob("results.*.jsonl")) for record in finished(file)]
     for record in old:
         if record.get("settings") != settings:

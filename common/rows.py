@@ -197,6 +197,6 @@ def output_path(out, number, row, pauses, seed, taken):
 
 
 def checksum(*parts):
-    """sha256 of arrays and values that JSON can hold: are the data of a resumed run those of its beginning?"""
+    """sha256 of arrays and values that JSON can hold: does a resumed run have the data of its beginning?"""
     text = json.dumps(parts, default=lambda part: hashlib.sha256(part).hexdigest())
     return hashlib.sha256(text.encode()).hexdigest()

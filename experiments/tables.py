@@ -151,7 +151,7 @@ def lines(pairs, path, label):
             series.setdefault(row, []).append((float(column), np.mean(seeds), min(seeds), max(seeds)))
         except ValueError:
             raise InputError(f"--lines: the label {column!r} of a column is not a number") from None
-    line_charts([("", label, "", series)], path)
+    line_charts([("", label, "mean of the seeds", series)], path)
 
 
 def forest(pairs, label, path):

@@ -31,7 +31,7 @@ from statistics import mean
 from tqdm import tqdm
 
 from common.cli import COUNT, add_command, number, parser, run_script
-from common.files import InputError, append, finished, make_folder, relative, rows_of, write_jsonl
+from common.files import InputError, append, cut_rest, finished, make_folder, relative, rows_of, write_jsonl
 from common.images import open_image
 from common.rows import Rows, check_tags
 from tools.endpoint import Endpoint, StopRun, address, key_from, request_fields
@@ -154,9 +154,10 @@ def records_so_far(flags, rows):
     """What an earlier run left in OUT -> done. It must be of these rows and of the same judge."""
     make_folder(flags.out.parent)
     open(flags.out, "a", encoding="utf-8").close()                     # fails before anything is paid for
-    finished(flags.endpoint.log, cut=True)
+    cut_rest(flags.endpoint.log)
     done = {}
-    for line, record in enumerate(finished(flags.out, cut=True), 1):
+    cut_rest(flags.out)
+    for line, record in enumerate(finished(flags.out), 1):
         key = json.dumps(identity(flags, record))
         same = key in rows and json.dumps({**record, **rows[key][1]}) == json.dumps(record)
         need(same and flags.result in record,
@@ -301,7 +302,8 @@ def ask_questions(flags, records):
     path = flags.out.with_suffix(".questions.jsonl")
     asker = {"model": flags.model, **flags.asked}
     done = {}
-    for line, old in enumerate(finished(path, cut=True), 1):
+    cut_rest(path)
+    for line, old in enumerate(finished(path), 1):
         try:
             check_questions(old, old["source"])
             if {key: old[key] for key in old if key not in ("source", "instruction", "questions")} == asker:
