@@ -86,9 +86,14 @@ def plan_first():
 # ------------------------------------------------------------------------------------------- loss
 
 def two_passes(second):
-    """The mean of two losses for each sample: the plain one, and `second` with noise and times of its own."""
-    def loss(model, x1, condition, draws, p_magd, tau, r_mask, mask_tokens, weight, prediction, corruption):
-        first, _ = one(model, x1, condition, draws, 0.0, weight=weight, prediction=prediction)
+    """The mean of two losses for each sample: the plain one, and `second` with noise and times of its own.
+
+    Validation, which has no gradients, keeps the plain one."""
+    def loss(model, x1, condition, draws, p_magd=0.0, tau=None, r_mask=None, mask_tokens=None, weight=None,
+             prediction="velocity", corruption=None):
+        first, masked = one(model, x1, condition, draws, 0.0, weight=weight, prediction=prediction)
+        if not torch.is_grad_enabled():
+            return first, masked
         other = draws._replace(x0=draws.x0.roll(1, 0), t=draws.t.roll(1, 0))       # of the sample before
         own, masked = one(model, x1, condition, other, mask_tokens=mask_tokens, weight=weight,
                           prediction=prediction, **second)

@@ -76,6 +76,8 @@ def test_two_passes_are_the_mean_of_two_losses(name):
          "mc-dit": dict(p_magd=1.0, tau=0.0, r_mask=0.5, corruption="mask")}[name]
     second, expected = one(network, x1, condition, other, mask_tokens=tokens, **p)
     assert losses.equal((plain + second) / 2) and masked.equal(expected) and masked.any() == (name != "two-plain")
+    with torch.no_grad():                                                          # as train.py validates
+        assert magd.magd_loss(network, x1, condition, draws, prediction="velocity")[0].equal(plain)
 
 
 def test_more_layers_begin_as_the_model_without_them():
