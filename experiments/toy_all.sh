@@ -86,9 +86,8 @@ distance() {                               # is it the token that harms, or the 
     arms <<'END'
 toy -
 one-distance - --max-gap 0
-seen-pauses - --max-gap 0 --max-pauses 32
 END
-    printf 'measure %s - distance\n' toy one-distance seen-pauses | each_seed
+    printf 'measure %s - distance\n' toy one-distance | each_seed
 }
 base() {                                   # captions and single edits, from scratch
     arms --data simple --steps 5600 --p-magd 0 --keep-every 800 <<< "base -"
@@ -166,13 +165,10 @@ referring() {                              # instructions that a plan says more 
     finetunes --data refer --p-magd 0 <<'END'
 refer -
 refer-plans - --p-plan 0.5
-refer-plans-magd - --p-plan 0.5 --p-magd 0.5
-refer-pauses - --max-pauses 32
 END
     each_seed <<'END'
 toy refer-plans-given - refer-plans --plans
 toy refer-plans-given-wrong wrong-plan refer-plans --plans
-toy refer-plans-magd-given - refer-plans-magd --plans
 END
 }
 scaling() {                                # Sec. 6.1 at equal compute
