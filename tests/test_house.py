@@ -6,7 +6,7 @@ import pytest
 from helpers import ROOT
 
 ORDER = ["common", "toy.world", "toy.oracle", "magd", "model", "scale", "data", "pretrained", "sample", "metrics", "train", "tools",
-         "experiments"]
+         "experiments", "related"]
 FILES = [path for folder in (".", *{name.split(".")[0] for name in ORDER}) for path in sorted((ROOT / folder).glob("*.py"))]
 
 

@@ -1,0 +1,312 @@
+"""Train and compare the systems of related/tokens.py on the toy world.
+
+    python -m related.masked train teacher                    out/related/teacher/0; the others need it
+    python -m related.masked sample --prompt "a red circle"   images as their tokens are revealed
+    python -m related.masked compare samplers                 scores, in out/related/ARM/0/result.json
+    python -m related.masked figures                          the figures of related/README.md
+
+`bash related/all.sh` runs everything, for three seeds. A killed run goes on from where it was saved.
+"""
+import math
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from common.charts import line_charts
+from common.cli import COUNT, SEED, add_command, parser, run_script, utf8_text
+from common.files import InputError, append, finished, make_folder, optional, write_json, write_jsonl, writing
+from common.images import sheet
+from data import Sample, Words, make_batch, make_condition, make_prompt, to_array, to_tensor
+from experiments.tables import all_runs, interval
+from model import Config
+from related.tokens import (SIDE, WORLD, MaskedTransformer, N, P, Scenes, at, by_steps, dimo_loss, draw_order,
+                            held_out, naive_loss, one_step, order_loss, punt, quantise, teacher_loss, unmask)
+from scale.checkpoints import config_of, read_checkpoint, restore, save_checkpoint
+from toy.oracle import judge
+from toy.world import world_words
+from train import learning_rate, make_optimizers
+
+WORDS = Words(world_words())
+SCRATCH = dict(lr=6e-3, muon_lr=0.03)     # learning rates of AdamW and of Muon
+TUNE = dict(lr=1e-3, muon_lr=0.0)
+# what trains: its loss, steps, images a step, how often each is in the batch, share of captions
+ARMS = {"teacher": dict(loss=teacher_loss, steps=2600, images=64, times=1, captions=0.5, **SCRATCH),
+        "one-order": dict(loss=order_loss, steps=1200, images=32, times=2, captions=1.0, **SCRATCH),
+        "learned-order": dict(loss=order_loss, steps=1200, images=32, times=2, captions=1.0, **SCRATCH),
+        "dimo": dict(loss=dimo_loss, steps=1000, images=64, times=1, captions=1.0, **TUNE),
+        "naive": dict(loss=naive_loss, steps=1000, images=64, times=1, captions=1.0, **TUNE)}
+EXAMPLES = {"captions": 512, "choice": 256, "edits": 256}    # held out; choice: add a thing, no word on where
+STEPS = (1, 2, 4, 8, 16)
+REMASK = (2, 1, 1)                        # FreeCorrection's: from 40, 60 and 80 % of the steps on
+EPS = (0.003, 0.03, 0.3, 3.0)             # PUNT's thresholds, nats
+RESULTS = "related/results.jsonl"
+
+# ------------------------------------------------------------------------------------------- training
+
+
+def load(arm, flags):
+    """The averaged weights of an arm."""
+    path = Path(flags.out) / arm / str(flags.seed) / "last.pt"
+    if not path.exists():
+        raise InputError(f"{path}: there is no such model; `python -m related.masked train {arm} "
+                         f"--seed {flags.seed} --out {flags.out}` makes it")
+    state = read_checkpoint(path)
+    model = MaskedTransformer(config_of(state))
+    model.load_state_dict(state["model"] | state["ema"])
+    return model.requires_grad_(False)
+
+
+def start(arm, flags):
+    """-> the model to train, a second one to train beside it or None, the models that its loss needs."""
+    if arm in ("dimo", "naive"):
+        teacher, model, auxiliary = (load("teacher", flags) for _ in range(3))
+        model.requires_grad_(True)
+        second = auxiliary.requires_grad_(True) if arm == "dimo" else None
+        return model, second, [auxiliary, teacher] if arm == "dimo" else [teacher]
+    cfg = Config(len(WORDS), 128, 4, 4, 256, 3, P, SIDE, grid_step=64 / SIDE, time_scale=1000.0, qk_norm=True)
+    model = MaskedTransformer(cfg).init_weights()
+    model.log_w.requires_grad_(arm == "learned-order")
+    return model, None, []
+
+
+def train(flags):
+    """Train one arm. A killed run goes on; one that has ended does nothing."""
+    torch.manual_seed(flags.seed)
+    vars(flags).update(ARMS[flags.arm], weight_decay=0.0)
+    model, second, others = start(flags.arm, flags)
+    data = Scenes("train", flags.seed, flags.captions)
+    out = make_folder(Path(flags.out) / flags.arm / str(flags.seed))
+    weights = list(model.parameters())
+    average = [p.detach().clone() for p in weights]                    # what is used in the end
+    optimizers = make_optimizers(flags, model, second, bf16=False)
+    trained = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    first = 0
+    if (out / "last.pt").exists():
+        state = read_checkpoint(out / "last.pt")
+        restore(state, model, second, average, optimizers)
+        first = state["step"]
+    log = [line for line in finished(out / "log.jsonl") if line["step"] <= first]
+    write_jsonl(out / "log.jsonl", log)                                # without steps that will be repeated
+    bar = tqdm(range(first, flags.steps), f"{flags.arm} {flags.seed}", flags.steps, initial=first)
+    for step in bar:
+        for optimizer, full_rate in zip(optimizers, (flags.lr, flags.muon_lr)):
+            for group in optimizer.param_groups:
+                group["lr"] = full_rate * learning_rate(step, flags.steps, warmup=50)
+        generator = torch.Generator().manual_seed(10**9 * flags.seed + step)
+        indices = [*range(step * flags.images, (step + 1) * flags.images)] * flags.times
+        batch = make_batch(data, indices, WORDS, P, flags.seed, p_drop=0, p_plan=0, p_masked_source=0)
+        loss = flags.loss(model, *others, quantise(batch.x1), batch.condition, generator)
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            torch._foreach_lerp_(average, weights, 1 - min(0.99, (step + 1) / (step + 10)))
+        done = step + 1
+        if done % 20 == 0:
+            append(out / "log.jsonl", {"step": done, "loss": loss.item()})
+            bar.set_postfix_str(f"loss {loss.item():.3f}")
+        if done % 200 == 0 or done == flags.steps:
+            save_checkpoint(out / "last.pt", model, second, average, optimizers, step=done, words=WORDS.words,
+                            flags={"arm": flags.arm, "seed": flags.seed, "steps": flags.steps})
+
+
+# ------------------------------------------------------------------------------------------- measuring
+
+def encode(model, samples):
+    prompts = [make_prompt(WORDS, sample.instruction, len(sample.images)) for sample in samples]
+    images = [[to_tensor(image) for image in sample.images] for sample in samples]
+    return model.encode(make_condition(WORDS, prompts, images, P), N)
+
+
+def true_codes(samples):
+    return quantise(torch.stack([to_tensor(sample.target) for sample in samples]))  # (B, N)
+
+
+def is_exact(sample, x):
+    source = sample.images[0] if sample.images else None
+    return judge(WORLD, source, sample.instruction, to_array(x))["exact"]
+
+
+def score(model, samples, seed, sampler):
+    """-> the share that the oracle finds exact, forwards an image, and the entropy in bits of the codes drawn:
+    it falls where images become alike."""
+    exact = []
+    forwards = []
+    drawn = []
+    for begin in range(0, len(samples), 128):
+        some = samples[begin:begin + 128]
+        generator = torch.Generator().manual_seed(10**6 * seed + begin)
+        codes, own = sampler(model, encode(model, some), len(some), generator)      # (B, N), (B,)
+        exact += [is_exact(sample, x) for sample, x in zip(some, model.images(codes))]
+        forwards += own.tolist()
+        drawn.append(codes)
+    return {"exact": sum(exact) / len(exact), "forwards": sum(forwards) / len(forwards),
+            "bits": entropy(torch.cat(drawn))}
+
+
+def entropy(codes):
+    p = codes.flatten().bincount() / codes.numel()
+    return -p.xlogy(p).sum().item() / math.log(2)
+
+
+def by_counts(model, samples, seed, counts, **options):
+    return {str(n): score(model, samples, seed, partial(by_steps, steps=n, **options)) for n in counts}
+
+
+def order_bits(model, samples, rank):
+    """-log2 p of an image, the mean, if its tokens are revealed one by one in the order rank (B, N)."""
+    codes = true_codes(samples)                                                     # (B, N)
+    cache = encode(model, samples)
+    nats = torch.zeros(len(samples))
+    for k in range(N):
+        log_p = model.step(codes.masked_fill(rank >= k, model.mask), cache)         # (B, N, K)
+        nats -= (at(log_p, codes) * (rank == k)).sum(dim=1)                         # (B,)
+    return nats.mean().item() / math.log(2)
+
+
+def found(model, samples):
+    """One token of each image is another image's. How often is its confidence the least? By chance 1/16."""
+    codes = true_codes(samples)                                                     # (B, N)
+    other = codes.roll(1, 0)
+    random = torch.rand(codes.shape, generator=torch.Generator().manual_seed(0))
+    place = (random * (other != codes)).argmax(dim=1)                               # (B,)
+    shown = torch.where(F.one_hot(place, N).bool(), other, codes)                   # (B, N)
+    confidence = at(model.step(shown, encode(model, samples)), shown)               # (B, N)
+    return (confidence.argmin(dim=1) == place).float().mean().item()
+
+
+def samplers(flags):
+    """Four samplers on the teacher's weights -> {arm: {set: {steps or eps: scores}}}"""
+    model = load("teacher", flags)
+    sets = {kind: held_out(kind, flags.seed, n) for kind, n in EXAMPLES.items()}
+    some = {kind: sets[kind] for kind in ("captions", "choice")}
+    counts = partial(by_counts, model, seed=flags.seed)
+    return {"confidence": {kind: counts(sets[kind], counts=STEPS) for kind in sets},
+            "random": {kind: counts(sets[kind], counts=STEPS, order="random") for kind in sets},
+            "correction": {"found": found(model, sets["captions"]),
+                           **{kind: counts(some[kind], counts=STEPS[2:], remask=REMASK) for kind in some}},
+            "punt": {kind: {str(eps): score(model, some[kind], flags.seed, partial(punt, eps=eps))
+                            for eps in EPS} for kind in some}}
+
+
+def orders(flags):
+    """Bits an image by order, of both models; FreeCorrection on weights that never checked visible tokens."""
+    samples = held_out("captions", flags.seed, EXAMPLES["captions"])
+    models = {arm: load(arm, flags) for arm in ("one-order", "learned-order")}
+    row = torch.arange(N) // SIDE
+    column = torch.arange(N) % SIDE
+    cell = 2 * (row // 2) + column // 2                                # a cell of the toy has four tokens
+    corner = 2 * (row % 2) + column % 2
+    fixed = {"raster": SIDE * row + column, "by cell": 4 * cell + corner, "by corner": 4 * corner + cell}
+    ranks = {name: rank.expand(len(samples), N) for name, rank in fixed.items()}
+    for arm, model in models.items():
+        ranks[arm] = draw_order(len(samples), model.log_w, torch.Generator().manual_seed(flags.seed))
+    result = {arm: {order: order_bits(model, samples, rank) for order, rank in ranks.items()}
+              for arm, model in models.items()}
+    for arm, model in models.items():
+        result[arm] |= {"own": result[arm][arm], "first": model.log_w.softmax(dim=0).tolist()}
+    plain = models["one-order"]
+    counts = partial(by_counts, plain, samples, flags.seed, STEPS[2:])
+    return {**result, "unchecked-confidence": {"captions": counts()},
+            "unchecked-correction": {"captions": counts(remask=REMASK), "found": found(plain, samples)}}
+
+
+def students(flags):
+    """Both students in one step, and the entropy of the codes of true images."""
+    samples = held_out("captions", flags.seed, EXAMPLES["captions"])
+    result = {arm: {"captions": {"1": score(load(arm, flags), samples, flags.seed, one_step)}}
+              for arm in ("dimo", "naive")}
+    return {**result, "truth": {"captions": {"bits": entropy(true_codes(samples))}}}
+
+
+# ------------------------------------------------------------------------------------------- commands
+
+def compare(flags):
+    """Measure the samplers of the teacher, the orders or the one-step students."""
+    for arm, result in PARTS[flags.part](flags).items():
+        write_json(Path(flags.out) / arm / str(flags.seed) / "result.json", result)
+
+
+PARTS = {"samplers": samplers, "orders": orders, "students": students}
+
+
+def sample(flags):
+    """A picture of images as the teacher reveals them: of a caption, or of held-out prompts."""
+    model = load("teacher", flags)
+    samples = held_out("captions", flags.seed, 3) + held_out("choice", flags.seed, 3)
+    if flags.prompt:
+        samples = 4 * [Sample(flags.prompt, None)]
+    generator = torch.Generator().manual_seed(flags.seed)
+    steps = list(unmask(model, encode(model, samples), len(samples), generator, flags.steps))
+    rows = []
+    for own, *images in zip(samples, *map(model.images, steps)):
+        source = (own.images[0], "source", False) if own.images else None
+        cells = [(to_array(x), f"step {k}", False) for k, x in enumerate(images[:-1], 1)]
+        rows.append([source, *cells, (to_array(images[-1]), own.instruction, is_exact(own, images[-1]))])
+    sheet(rows, flags.picture, 6, pad=16)
+    print(f"wrote {flags.picture}; framed: exact")
+
+
+def points(runs, arm, kind):
+    """An arm's scores over its seeds -> [(forwards, mean exact, low, high)]"""
+    own = [row[kind] for row in runs if row["arm"] == arm and kind in row]
+    result = []
+    for setting in own[0] if own else ():
+        mean, half = interval([scores[setting]["exact"] for scores in own])
+        forwards = sum(scores[setting]["forwards"] for scores in own) / len(own)
+        result.append((forwards, mean, mean - half, mean + half))
+    return sorted(result)
+
+
+def chart(runs, path, sets, arms):
+    panels = [(title, "forwards an image", "exact", {name: points(runs, arm, kind) for arm, name in arms.items()})
+              for kind, title in sets.items()]
+    line_charts(panels, path)
+
+
+def figures(flags):
+    """The figures of related/README.md, from related/results.jsonl."""
+    runs = all_runs(RESULTS)
+    chart(runs, "related/samplers.png", {"captions": "captions", "choice": "add a thing, anywhere"},
+          {"confidence": "confidence", "random": "random order", "correction": "FreeCorrection",
+           "punt": "PUNT"})
+    chart(runs, "related/one_step.png", {"captions": "captions"},
+          {"confidence": "teacher, by confidence", "dimo": "Di[M]O", "naive": "naive distillation"})
+    learned = [row for row in runs if row["arm"] == "learned-order"]
+    if not learned:
+        raise InputError(f"{RESULTS}: no run of learned-order; `bash related/all.sh` makes them")
+    figure = optional("matplotlib.figure").Figure((3 * len(learned), 3.2), layout="constrained")
+    for axes, run in zip(figure.subplots(1, len(learned), squeeze=False)[0], learned):
+        axes.imshow(torch.tensor(run["first"]).view(SIDE, SIDE), vmin=0)
+        for k, share in enumerate(run["first"]):
+            axes.text(k % SIDE, k // SIDE, f"{share:.2f}", ha="center", va="center", color="white")
+        axes.set(title=f"seed {run['seed']}", xticks=[], yticks=[])
+    with writing("related/orders.png", "wb") as file:
+        figure.savefig(file, format="png", dpi=120, metadata={"Software": None})
+
+
+def main():
+    p = parser(__doc__)
+    add = p.add_subparsers(required=True)
+    add_command(add, train).add_argument("arm", choices=ARMS)
+    add_command(add, compare).add_argument("part", choices=PARTS)
+    command = add_command(add, sample)
+    command.add_argument("--prompt", type=utf8_text, help="a caption; held-out prompts if not given")
+    command.add_argument("--steps", type=COUNT, default=8)
+    command.add_argument("--picture", default="sample.png")
+    for command in add.choices.values():
+        command.add_argument("--seed", type=SEED, default=0)
+        command.add_argument("--out", default="out/related", help="folder of ARM/SEED")
+    add_command(add, figures)
+    flags = p.parse_args()
+    flags.run(flags)
+
+
+if __name__ == "__main__":
+    run_script(main)
