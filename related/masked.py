@@ -18,13 +18,13 @@ from tqdm import tqdm
 
 from common.charts import line_charts
 from common.cli import COUNT, SEED, add_command, parser, run_script, utf8_text
-from common.files import InputError, append, finished, make_folder, optional, write_json, write_jsonl, writing
+from common.files import InputError, append, finished, make_folder, write_json, write_jsonl
 from common.images import sheet
 from data import Sample, Words, make_batch, make_condition, make_prompt, to_array, to_tensor
 from experiments.tables import all_runs, interval
 from model import Config
-from related.tokens import (SIDE, WORLD, MaskedTransformer, N, P, Scenes, at, by_steps, dimo_loss, draw_order,
-                            held_out, naive_loss, one_step, order_loss, punt, quantise, teacher_loss, unmask)
+from related.tokens import (SIDE, WORLD, MaskedTransformer, N, P, Scenes, at, dimo_loss, draw_order, held_out,
+                            naive_loss, one_step, order_loss, punt, quantise, teacher_loss, unmask)
 from scale.checkpoints import config_of, read_checkpoint, restore, save_checkpoint
 from toy.oracle import judge
 from toy.world import world_words
@@ -34,7 +34,7 @@ WORDS = Words(world_words())
 SCRATCH = dict(lr=6e-3, muon_lr=0.03)     # learning rates of AdamW and of Muon
 TUNE = dict(lr=1e-3, muon_lr=0.0)
 # what trains: its loss, steps, images a step, how often each is in the batch, share of captions
-ARMS = {"teacher": dict(loss=teacher_loss, steps=2600, images=64, times=1, captions=0.5, **SCRATCH),
+ARMS = {"teacher": dict(loss=teacher_loss, steps=2000, images=64, times=1, captions=0.5, **SCRATCH),
         "one-order": dict(loss=order_loss, steps=1200, images=32, times=2, captions=1.0, **SCRATCH),
         "learned-order": dict(loss=order_loss, steps=1200, images=32, times=2, captions=1.0, **SCRATCH),
         "dimo": dict(loss=dimo_loss, steps=1000, images=64, times=1, captions=1.0, **TUNE),
@@ -43,18 +43,17 @@ EXAMPLES = {"captions": 512, "choice": 256, "edits": 256}    # held out; choice:
 STEPS = (1, 2, 4, 8, 16)
 REMASK = (2, 1, 1)                        # FreeCorrection's: from 40, 60 and 80 % of the steps on
 EPS = (0.003, 0.03, 0.3, 3.0)             # PUNT's thresholds, nats
-RESULTS = "related/results.jsonl"
 
 # ------------------------------------------------------------------------------------------- training
 
 
 def load(arm, flags):
-    """The averaged weights of an arm."""
+    """The averaged weights of an arm that is trained."""
     path = Path(flags.out) / arm / str(flags.seed) / "last.pt"
-    if not path.exists():
-        raise InputError(f"{path}: there is no such model; `python -m related.masked train {arm} "
-                         f"--seed {flags.seed} --out {flags.out}` makes it")
-    state = read_checkpoint(path)
+    state = read_checkpoint(path) if path.exists() else {"step": 0}
+    if state["step"] < ARMS[arm]["steps"]:
+        raise InputError(f"{path}: {state['step']} of {ARMS[arm]['steps']} steps are trained; first run "
+                         f"python -m related.masked train {arm} --seed {flags.seed} --out {flags.out}")
     model = MaskedTransformer(config_of(state))
     model.load_state_dict(state["model"] | state["ema"])
     return model.requires_grad_(False)
@@ -134,18 +133,16 @@ def is_exact(sample, x):
 
 
 def score(model, samples, seed, sampler):
-    """-> the share that the oracle finds exact, forwards an image, and the entropy in bits of the codes drawn:
-    it falls where images become alike."""
-    exact = []
-    forwards = []
-    drawn = []
+    """-> the share that is exact, forwards an image, and the entropy in bits of the codes drawn, which falls if
+    images become alike."""
+    exact, forwards, drawn = [], [], []
     for begin in range(0, len(samples), 128):
         some = samples[begin:begin + 128]
         generator = torch.Generator().manual_seed(10**6 * seed + begin)
-        codes, own = sampler(model, encode(model, some), len(some), generator)      # (B, N), (B,)
-        exact += [is_exact(sample, x) for sample, x in zip(some, model.images(codes))]
+        steps, own = sampler(model, encode(model, some), len(some), generator)      # [(B, N)], (B,)
+        exact += [is_exact(sample, x) for sample, x in zip(some, model.images(steps[-1]))]
         forwards += own.tolist()
-        drawn.append(codes)
+        drawn.append(steps[-1])
     return {"exact": sum(exact) / len(exact), "forwards": sum(forwards) / len(forwards),
             "bits": entropy(torch.cat(drawn))}
 
@@ -156,7 +153,7 @@ def entropy(codes):
 
 
 def by_counts(model, samples, seed, counts, **options):
-    return {str(n): score(model, samples, seed, partial(by_steps, steps=n, **options)) for n in counts}
+    return {str(n): score(model, samples, seed, partial(unmask, steps=n, **options)) for n in counts}
 
 
 def order_bits(model, samples, rank):
@@ -199,18 +196,17 @@ def orders(flags):
     """Bits an image by order, of both models; FreeCorrection on weights that never checked visible tokens."""
     samples = held_out("captions", flags.seed, EXAMPLES["captions"])
     models = {arm: load(arm, flags) for arm in ("one-order", "learned-order")}
-    row = torch.arange(N) // SIDE
-    column = torch.arange(N) % SIDE
+    row, column = torch.arange(N) // SIDE, torch.arange(N) % SIDE
     cell = 2 * (row // 2) + column // 2                                # a cell of the toy has four tokens
     corner = 2 * (row % 2) + column % 2
     fixed = {"raster": SIDE * row + column, "by cell": 4 * cell + corner, "by corner": 4 * corner + cell}
     ranks = {name: rank.expand(len(samples), N) for name, rank in fixed.items()}
     for arm, model in models.items():
         ranks[arm] = draw_order(len(samples), model.log_w, torch.Generator().manual_seed(flags.seed))
-    result = {arm: {order: order_bits(model, samples, rank) for order, rank in ranks.items()}
-              for arm, model in models.items()}
+    result = {}
     for arm, model in models.items():
-        result[arm] |= {"own": result[arm][arm], "first": model.log_w.softmax(dim=0).tolist()}
+        bits = {order: order_bits(model, samples, rank) for order, rank in ranks.items()}
+        result[arm] = {"bits": {**bits, "own": bits[arm]}, "first": model.log_w.softmax(dim=0).tolist()}
     plain = models["one-order"]
     counts = partial(by_counts, plain, samples, flags.seed, STEPS[2:])
     return {**result, "unchecked-confidence": {"captions": counts()},
@@ -240,10 +236,9 @@ def sample(flags):
     """A picture of images as the teacher reveals them: of a caption, or of held-out prompts."""
     model = load("teacher", flags)
     samples = held_out("captions", flags.seed, 3) + held_out("choice", flags.seed, 3)
-    if flags.prompt:
-        samples = 4 * [Sample(flags.prompt, None)]
+    samples = 4 * [Sample(flags.prompt, None)] if flags.prompt else samples
     generator = torch.Generator().manual_seed(flags.seed)
-    steps = list(unmask(model, encode(model, samples), len(samples), generator, flags.steps))
+    steps, _ = unmask(model, encode(model, samples), len(samples), generator, flags.steps)
     rows = []
     for own, *images in zip(samples, *map(model.images, steps)):
         source = (own.images[0], "source", False) if own.images else None
@@ -259,36 +254,32 @@ def points(runs, arm, kind):
     result = []
     for setting in own[0] if own else ():
         mean, half = interval([scores[setting]["exact"] for scores in own])
-        forwards = sum(scores[setting]["forwards"] for scores in own) / len(own)
+        forwards, _ = interval([scores[setting]["forwards"] for scores in own])
         result.append((forwards, mean, mean - half, mean + half))
     return sorted(result)
 
 
 def chart(runs, path, sets, arms):
-    panels = [(title, "forwards an image", "exact", {name: points(runs, arm, kind) for arm, name in arms.items()})
-              for kind, title in sets.items()]
-    line_charts(panels, path)
+    line_charts([(title, "forwards an image", "exact",
+                  {name: points(runs, arm, kind) for arm, name in arms.items()})
+                 for kind, title in sets.items()], path)
 
 
 def figures(flags):
     """The figures of related/README.md, from related/results.jsonl."""
-    runs = all_runs(RESULTS)
+    runs = all_runs("related/results.jsonl")
+    if not runs:
+        raise InputError("related/results.jsonl has no runs; bash related/all.sh makes them")
     chart(runs, "related/samplers.png", {"captions": "captions", "choice": "add a thing, anywhere"},
           {"confidence": "confidence", "random": "random order", "correction": "FreeCorrection",
            "punt": "PUNT"})
     chart(runs, "related/one_step.png", {"captions": "captions"},
           {"confidence": "teacher, by confidence", "dimo": "Di[M]O", "naive": "naive distillation"})
     learned = [row for row in runs if row["arm"] == "learned-order"]
-    if not learned:
-        raise InputError(f"{RESULTS}: no run of learned-order; `bash related/all.sh` makes them")
-    figure = optional("matplotlib.figure").Figure((3 * len(learned), 3.2), layout="constrained")
-    for axes, run in zip(figure.subplots(1, len(learned), squeeze=False)[0], learned):
-        axes.imshow(torch.tensor(run["first"]).view(SIDE, SIDE), vmin=0)
-        for k, share in enumerate(run["first"]):
-            axes.text(k % SIDE, k // SIDE, f"{share:.2f}", ha="center", va="center", color="white")
-        axes.set(title=f"seed {run['seed']}", xticks=[], yticks=[])
-    with writing("related/orders.png", "wb") as file:
-        figure.savefig(file, format="png", dpi=120, metadata={"Software": None})
+    shares = torch.tensor([run["first"] for run in learned]).view(-1, SIDE, SIDE, 1)
+    images = (255 * shares / shares.max()).byte().expand(-1, -1, -1, 3).numpy()     # (seeds, SIDE, SIDE, 3)
+    sheet([[(image, f"seed {run['seed']}", False) for image, run in zip(images, learned)]],
+          "related/orders.png", 32, title="how often a token is the first: black never, white most")
 
 
 def main():

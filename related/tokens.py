@@ -34,7 +34,7 @@ N = SIDE**2                               # tokens of an image: 16
 
 @lru_cache(None)
 def codebook():
-    """Every patch that a drawing of this world can have -> (K, C*P*P), as patchify writes it. K is 3,832."""
+    """Every patch that a drawing of this world can have -> (K, C*P*P), as patchify writes it. K is 3,831."""
     things = [Thing(shape, color, (0, 0), size, y, x) for color in COLORS
               for shape, size, y, x in templates(WORLD, "filled")[0]]
     scenes = [Scene(ground, "day", "filled", (thing,)) for ground in BACKGROUNDS for thing in things]
@@ -58,20 +58,31 @@ def quantise(x):
                          "`simple`; draw the image with toy.world.render") from None
 
 
+class ReadOut(nn.Linear):
+    """The vector of a code is learned, plus linear in its patch's pixels: what is learned of one patch serves
+    those that look like it."""
+
+    def __init__(self, width):
+        super().__init__(width, len(codebook()))
+        self.pixels = nn.Linear(codebook().shape[1], width, bias=False)
+
+    def forward(self, x):                                                           # (B, N, D)
+        return F.linear(x, self.weight + self.pixels(codebook()), self.bias)        # (B, N, K)
+
+
 class MaskedTransformer(Transformer):
     """model.Transformer on codes (B, N), each of 0 to K - 1 or `mask` -> logits (B, N, K)."""
 
     def __init__(self, cfg):
         super().__init__(cfg)
-        self.register_buffer("codebook", codebook(), persistent=False)              # (K, C*P*P)
-        self.mask = len(self.codebook)                                            # the code of a masked token
+        self.mask = len(codebook())                                               # the code of a masked token
         self.mask_token = nn.Parameter(torch.zeros(1, cfg.width))
-        self.final_layer.linear = nn.Linear(cfg.width, self.mask)                   # reads out logits
+        self.final_layer.linear = ReadOut(cfg.width)
         self.log_w = nn.Parameter(torch.zeros(N), requires_grad=False)              # (N,) see draw_order
 
     def images(self, codes):
         """(B, N) -> (B, 3, h, w) in [-1, 1]; a masked patch is gray."""
-        patches = F.pad(self.codebook, (0, 0, 0, 1))[codes]                         # (B, N, C*P*P)
+        patches = F.pad(codebook(), (0, 0, 0, 1))[codes]                         # (B, N, C*P*P)
         return rearrange(patches, "b (h w) (c p q) -> b c (h p) (w q)", h=SIDE, p=P, q=P)
 
     def embed_target(self, codes, t, masked=None, mask_token=None):
@@ -132,7 +143,7 @@ def draw_order(B, log_w, generator):
 
 
 def bound(ce, masked, log_w):
-    """The objective. ce (B, N), masked (B, N) after k of an order's N steps, k uniform -> nats an image, (B,).
+    """The objective. ce (B, N), masked (B, N) after k of N steps of an order, k random -> nats (B,) an image.
 
     2511.19152: the integral over s of the sum over masked i of -alpha_i' / (1 - alpha_i) CE_i, where the
     quotient is w_i / s. Along an order that is the sum over k of the expected CE of the next position, which
@@ -154,8 +165,8 @@ def cross_entropy(logits, codes):
 
 
 def teacher_loss(model, codes, condition, generator):
-    """Masked cross-entropy. In an eighth of the samples a quarter of the visible tokens comes from another
-    image and the loss is that of visible tokens: there FreeCorrection reads, and masks alone train nothing."""
+    """Masked cross-entropy. In an eighth of the samples a quarter of the visible tokens is another image's,
+    and the loss is that of visible tokens: there FreeCorrection reads, and masks alone train nothing."""
     B = len(codes)
     k = torch.randperm(B, generator=generator) % N                                  # (B,) tokens revealed
     masked = draw_order(B, model.log_w, generator) >= k[:, None]                    # (B, N)
@@ -212,7 +223,7 @@ def distillation(z, p_auxiliary, p_teacher):
 def naive_loss(student, teacher, codes, condition, generator):
     """The control for Di[M]O: cross-entropy of the student's one step with images that the teacher makes."""
     B = len(codes)
-    *_, codes = unmask(teacher, teacher.encode(condition, N), B, generator, 8)
+    codes = unmask(teacher, teacher.encode(condition, N), B, generator, 8)[0][-1]   # (B, N)
     logits = student.logits(student_input(B, student.mask, generator), condition)   # (B, N, K)
     return cross_entropy(logits, codes).mean()
 
@@ -237,7 +248,7 @@ def chosen(score, n):
 
 def unmask(model, cache, B, generator, steps, order="confidence", remask=(0, 0, 0)):
     """MaskGIT (2202.04200): draw all masked tokens; of these reveal those drawn with the highest probability,
-    or random ones, as many as a cosine schedule says. Yields the codes (B, N) after each step.
+    or random ones, as many as a cosine schedule says -> [codes (B, N) after each step], forwards (B,).
 
     remask: FreeCorrection (2602.02927). A decided token's confidence is its probability given itself and all
     others, averaged over the steps since it was revealed. From 40, 60 and 80 % of the steps on, so many of
@@ -245,6 +256,7 @@ def unmask(model, cache, B, generator, steps, order="confidence", remask=(0, 0, 
     codes = torch.full((B, N), model.mask)
     total = torch.zeros(B, N)                                                       # of the confidences
     times = torch.zeros(B, N)
+    result = []
     for step in range(1, steps + 1):
         masked = codes == model.mask                                                # (B, N)
         p = model.step(codes, cache).exp()                                          # (B, N, K)
@@ -261,17 +273,19 @@ def unmask(model, cache, B, generator, steps, order="confidence", remask=(0, 0, 
         again = chosen(-(total / times.clamp(min=1)).masked_fill(masked, 2), back)
         codes = torch.where(reveal, drawn, codes).masked_fill(again, model.mask)
         total[again] = times[again] = 0
-        yield codes
+        result.append(codes)
+    return result, torch.full((B,), float(steps))
 
 
 @torch.no_grad()
 def punt(model, cache, B, generator, eps):
-    """PUNT (2510.21961): reveal at once only what is independent -> codes (B, N), forwards (B,) an image.
+    """PUNT (2510.21961): reveal at once only what is independent -> as `unmask`.
 
     Masked tokens are ranked by confidence. For each bit of the rank, from the highest, those kept that have
     bit 0 are shown, as anchors; one with bit 1 is kept unless KL(p(x_i | x) || p(x_i | x, anchors)) > eps."""
     codes = torch.full((B, N), model.mask)
     forwards = torch.zeros(B)
+    result = []
     while (masked := codes == model.mask).any():
         log_p = model.step(codes, cache)                                            # (B, N, K)
         drawn = draw(log_p.exp(), generator)
@@ -286,14 +300,11 @@ def punt(model, cache, B, generator, eps):
             kept = kept & ~(later & (kl > eps))
         forwards += (number > 0) + number.clamp(min=1).log2().ceil()
         codes = torch.where(kept, drawn, codes)
-    return codes, forwards
+        result.append(codes)
+    return result, forwards
 
 
 def one_step(model, cache, B, generator):
-    codes = student_input(B, model.mask, generator)
-    return draw(model.step(codes, cache).exp(), generator), torch.ones(B)          # (B, N), (B,)
-
-
-def by_steps(model, cache, B, generator, steps, **options):
-    *_, codes = unmask(model, cache, B, generator, steps, **options)
-    return codes, torch.full((B,), float(steps))
+    """The sampler of a student of Di[M]O -> as `unmask`."""
+    p = model.step(student_input(B, model.mask, generator), cache).exp()            # (B, N, K)
+    return [draw(p, generator)], torch.ones(B)

@@ -12,7 +12,7 @@ from common.files import InputError
 from data import make_condition, to_tensor
 from model import Config
 from related.masked import WORDS, is_exact
-from related.tokens import (N, MaskedTransformer, Scenes, bound, by_steps, dimo_loss, distillation, draw, draw_order,
+from related.tokens import (N, MaskedTransformer, Scenes, bound, dimo_loss, distillation, draw, draw_order,
                             held_out, order_log_prob, order_loss, punt, quantise, unmask)
 
 
@@ -136,12 +136,13 @@ def maskgit(model, cache, B, generator, steps):
 def test_without_remasking_free_correction_is_the_plain_sampler_bit_for_bit(model, steps):
     cache = model.encode(captions(3), N)
     plain = maskgit(model, cache, 3, generator(), steps)
-    assert by_steps(model, cache, 3, generator(), steps, remask=(0, 0, 0))[0].equal(plain)
+    own, forwards = unmask(model, cache, 3, generator(), steps, remask=(0, 0, 0))
+    assert own[-1].equal(plain) and forwards.tolist() == 3 * [steps]
 
 
 def test_free_correction_reveals_as_many_tokens_as_the_plain_sampler_and_changes_some(model):
     cache = model.encode(captions(3), N)
-    plain, corrected = (list(unmask(model, cache, 3, generator(), 10, remask=remask)) for remask in ((0, 0, 0), (2, 1, 1)))
+    plain, corrected = (unmask(model, cache, 3, generator(), 10, remask=remask)[0] for remask in ((0, 0, 0), (2, 1, 1)))
     for a, b in zip(plain, corrected):
         assert (a == model.mask).sum(dim=1).equal((b == model.mask).sum(dim=1))
     back = [(a != model.mask) & (b == model.mask) for a, b in itertools.pairwise(corrected)]
@@ -151,8 +152,8 @@ def test_free_correction_reveals_as_many_tokens_as_the_plain_sampler_and_changes
 def test_punt_reveals_one_token_at_a_time_or_all(model):
     cache = model.encode(captions(3), N)
     for eps, rounds in ((0.0, range(N, 0, -1)), (math.inf, [N])):
-        codes, forwards = punt(model, cache, 3, generator(), eps)
-        assert (codes < model.mask).all()
+        steps, forwards = punt(model, cache, 3, generator(), eps)
+        assert (steps[-1] < model.mask).all() and len(steps) == len(rounds)
         assert forwards.tolist() == [sum(1 + math.ceil(math.log2(n)) for n in rounds)] * 3
 
 
@@ -169,7 +170,7 @@ def test_the_gradient_of_dimo_is_zero_when_auxiliary_and_teacher_agree(model):
 
 def test_a_run_goes_on_and_what_is_missing_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(related.masked.ARMS, "teacher", dict(loss=related.tokens.teacher_loss, steps=2, images=4, times=1, captions=0.5, lr=1e-3, muon_lr=1e-2))
-    with pytest.raises(InputError, match="train teacher"):
+    with pytest.raises(InputError, match="0 of 2 steps.*train teacher"):
         call(related.masked, "compare", "samplers", "--out", tmp_path)
     call(related.masked, "train", "teacher", "--out", tmp_path)
     first = torch.load(tmp_path / "teacher/0/last.pt", weights_only=True)
