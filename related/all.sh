@@ -3,8 +3,8 @@
 #
 #   bash related/all.sh
 #
-# Works in out/related/ARM/SEED and keeps the scores in related/results.jsonl. What is finished is not repeated, a
-# killed run goes on. Environment variables: SEEDS, JOBS (seeds side by side), PYTHON.
+# Works in out/related/ARM/SEED, keeps the scores in related/results.jsonl. What is finished is not repeated,
+# a killed run goes on. Environment variables: SEEDS, JOBS (seeds side by side), PYTHON.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHON=${PYTHON:-python} OMP_NUM_THREADS=1 OUT=out/related
@@ -18,9 +18,9 @@ one_seed() {
     for arm in teacher one-order learned-order dimo naive; do
         "$PYTHON" -m related.masked train $arm --seed "$1"
     done
-    compare samplers punt "$1"
-    compare orders learned-order "$1"
-    compare students dimo "$1"
+    compare samplers checked "$1"
+    compare orders unchecked "$1"
+    compare students truth "$1"
 }
 export -f compare one_seed
 

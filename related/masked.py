@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from common.charts import line_charts
@@ -88,8 +87,7 @@ def train(flags):
         state = read_checkpoint(out / "last.pt")
         restore(state, model, second, average, optimizers)
         first = state["step"]
-    log = [line for line in finished(out / "log.jsonl") if line["step"] <= first]
-    write_jsonl(out / "log.jsonl", log)                                # without steps that will be repeated
+    write_jsonl(out / "log.jsonl", [line for line in finished(out / "log.jsonl") if line["step"] <= first])
     bar = tqdm(range(first, flags.steps), f"{flags.arm} {flags.seed}", flags.steps, initial=first)
     for step in bar:
         for optimizer, full_rate in zip(optimizers, (flags.lr, flags.muon_lr)):
@@ -133,8 +131,7 @@ def is_exact(sample, x):
 
 
 def score(model, samples, seed, sampler):
-    """-> the share that is exact, forwards an image, and the entropy in bits of the codes drawn, which falls if
-    images become alike."""
+    """-> the share that is exact, forwards an image, bits of entropy of the codes drawn (less: more alike)"""
     exact, forwards, drawn = [], [], []
     for begin in range(0, len(samples), 128):
         some = samples[begin:begin + 128]
@@ -150,10 +147,6 @@ def score(model, samples, seed, sampler):
 def entropy(codes):
     p = codes.flatten().bincount() / codes.numel()
     return -p.xlogy(p).sum().item() / math.log(2)
-
-
-def by_counts(model, samples, seed, counts, **options):
-    return {str(n): score(model, samples, seed, partial(unmask, steps=n, **options)) for n in counts}
 
 
 def order_bits(model, samples, rank):
@@ -173,23 +166,22 @@ def found(model, samples):
     other = codes.roll(1, 0)
     random = torch.rand(codes.shape, generator=torch.Generator().manual_seed(0))
     place = (random * (other != codes)).argmax(dim=1)                               # (B,)
-    shown = torch.where(F.one_hot(place, N).bool(), other, codes)                   # (B, N)
+    shown = torch.where(torch.arange(N) == place[:, None], other, codes)            # (B, N)
     confidence = at(model.step(shown, encode(model, samples)), shown)               # (B, N)
     return (confidence.argmin(dim=1) == place).float().mean().item()
 
 
 def samplers(flags):
-    """Four samplers on the teacher's weights -> {arm: {set: {steps or eps: scores}}}"""
+    """MaskGIT by confidence and at random, FreeCorrection and PUNT, on the teacher's weights."""
     model = load("teacher", flags)
     sets = {kind: held_out(kind, flags.seed, n) for kind, n in EXAMPLES.items()}
-    some = {kind: sets[kind] for kind in ("captions", "choice")}
-    counts = partial(by_counts, model, seed=flags.seed)
-    return {"confidence": {kind: counts(sets[kind], counts=STEPS) for kind in sets},
-            "random": {kind: counts(sets[kind], counts=STEPS, order="random") for kind in sets},
-            "correction": {"found": found(model, sets["captions"]),
-                           **{kind: counts(some[kind], counts=STEPS[2:], remask=REMASK) for kind in some}},
-            "punt": {kind: {str(eps): score(model, some[kind], flags.seed, partial(punt, eps=eps))
-                            for eps in EPS} for kind in some}}
+    arms = {f"{order}-{n}": partial(unmask, steps=n, order=order)
+            for order in ("confidence", "random") for n in STEPS}
+    arms |= {f"correction-{n}": partial(unmask, steps=n, remask=REMASK) for n in STEPS[2:]}
+    arms |= {f"punt-{eps}": partial(punt, eps=eps) for eps in EPS}
+    result = {arm: {kind: score(model, sets[kind], flags.seed, sampler) for kind in sets}
+              for arm, sampler in tqdm(arms.items(), f"samplers {flags.seed}")}
+    return {**result, "checked": {"found": found(model, sets["captions"])}}
 
 
 def orders(flags):
@@ -208,15 +200,17 @@ def orders(flags):
         bits = {order: order_bits(model, samples, rank) for order, rank in ranks.items()}
         result[arm] = {"bits": {**bits, "own": bits[arm]}, "first": model.log_w.softmax(dim=0).tolist()}
     plain = models["one-order"]
-    counts = partial(by_counts, plain, samples, flags.seed, STEPS[2:])
-    return {**result, "unchecked-confidence": {"captions": counts()},
-            "unchecked-correction": {"captions": counts(remask=REMASK), "found": found(plain, samples)}}
+    for n in STEPS[2:]:
+        for name, remask in (("confidence", (0, 0, 0)), ("correction", REMASK)):
+            sampler = partial(unmask, steps=n, remask=remask)
+            result[f"unchecked-{name}-{n}"] = {"captions": score(plain, samples, flags.seed, sampler)}
+    return {**result, "unchecked": {"found": found(plain, samples)}}
 
 
 def students(flags):
     """Both students in one step, and the entropy of the codes of true images."""
     samples = held_out("captions", flags.seed, EXAMPLES["captions"])
-    result = {arm: {"captions": {"1": score(load(arm, flags), samples, flags.seed, one_step)}}
+    result = {arm: {"captions": score(load(arm, flags), samples, flags.seed, one_step)}
               for arm in ("dimo", "naive")}
     return {**result, "truth": {"captions": {"bits": entropy(true_codes(samples))}}}
 
@@ -248,14 +242,16 @@ def sample(flags):
     print(f"wrote {flags.picture}; framed: exact")
 
 
-def points(runs, arm, kind):
-    """An arm's scores over its seeds -> [(forwards, mean exact, low, high)]"""
-    own = [row[kind] for row in runs if row["arm"] == arm and kind in row]
+def points(runs, name, kind):
+    """The arms called NAME or NAME-SETTING, over their seeds -> [(forwards, mean exact, low, high)]"""
+    arms = {}
+    for run in runs:
+        if f"{run['arm']}-".startswith(f"{name}-"):
+            arms.setdefault(run["arm"], []).append(run[kind])
     result = []
-    for setting in own[0] if own else ():
-        mean, half = interval([scores[setting]["exact"] for scores in own])
-        forwards, _ = interval([scores[setting]["forwards"] for scores in own])
-        result.append((forwards, mean, mean - half, mean + half))
+    for scores in arms.values():
+        mean, half = interval([one["exact"] for one in scores])
+        result.append((interval([one["forwards"] for one in scores])[0], mean, mean - half, mean + half))
     return sorted(result)
 
 

@@ -22,7 +22,7 @@ from common.files import InputError
 from data import Shapes, to_tensor
 from model import Transformer, patchify
 from toy.oracle import templates
-from toy.world import BACKGROUNDS, COLORS, CORNERS, WORLDS, Scene, Thing, render
+from toy.world import BACKGROUNDS, COLORS, WORLDS, Scene, Thing, render
 
 WORLD = WORLDS["simple"]
 P = 4                                     # side of a patch in pixels
@@ -31,13 +31,12 @@ N = SIDE**2                               # tokens of an image: 16
 
 # ------------------------------------------------------------------------------------------- tokens, network
 
-
 @lru_cache(None)
 def codebook():
     """Every patch that a drawing of this world can have -> (K, C*P*P), as patchify writes it. K is 3,831."""
-    things = [Thing(shape, color, (0, 0), size, y, x) for color in COLORS
+    scenes = [Scene(ground, "day", "filled", (Thing(shape, color, (0, 0), size, y, x),))
+              for ground in BACKGROUNDS for color in COLORS
               for shape, size, y, x in templates(WORLD, "filled")[0]]
-    scenes = [Scene(ground, "day", "filled", (thing,)) for ground in BACKGROUNDS for thing in things]
     images = to_tensor(np.stack([render(WORLD, scene) for scene in scenes]))        # (scenes, 3, h, w)
     return patchify(images, P).flatten(0, 1).unique(dim=0)
 
@@ -115,19 +114,15 @@ class Scenes(Shapes):
     def sample(self, index):
         sample = super().sample(index)
         if sample.task == "add" and index % 2:
-            for corner in CORNERS:
-                sample.instruction = sample.instruction.removesuffix(f" {corner}")
+            sample.task = "choice"
+            sample.instruction = " ".join(sample.instruction.split()[:4])           # add a red circle
         return sample
 
 
 def held_out(kind, seed, n):
     """The first n held-out samples that are captions, edits, or additions with a choice of places."""
     stream = map(Scenes("iid", seed, float(kind == "captions")).sample, count())
-    return list(islice((sample for sample in stream if has_choice(sample) == (kind == "choice")), n))
-
-
-def has_choice(sample):
-    return sample.task == "add" and not sample.instruction.endswith(CORNERS)
+    return list(islice((sample for sample in stream if (sample.task == "choice") == (kind == "choice")), n))
 
 
 # ------------------------------------------------------------------------------------------- objectives
@@ -254,8 +249,7 @@ def unmask(model, cache, B, generator, steps, order="confidence", remask=(0, 0, 
     others, averaged over the steps since it was revealed. From 40, 60 and 80 % of the steps on, so many of
     the least confident are masked again, and as many more revealed."""
     codes = torch.full((B, N), model.mask)
-    total = torch.zeros(B, N)                                                       # of the confidences
-    times = torch.zeros(B, N)
+    total, times = torch.zeros(2, B, N)                                 # sum of the confidences, their number
     result = []
     for step in range(1, steps + 1):
         masked = codes == model.mask                                                # (B, N)
@@ -279,13 +273,12 @@ def unmask(model, cache, B, generator, steps, order="confidence", remask=(0, 0, 
 
 @torch.no_grad()
 def punt(model, cache, B, generator, eps):
-    """PUNT (2510.21961): reveal at once only what is independent -> as `unmask`.
+    """PUNT (2510.21961): reveal at once only what is independent -> [codes (B, N)], forwards (B,).
 
     Masked tokens are ranked by confidence. For each bit of the rank, from the highest, those kept that have
     bit 0 are shown, as anchors; one with bit 1 is kept unless KL(p(x_i | x) || p(x_i | x, anchors)) > eps."""
     codes = torch.full((B, N), model.mask)
     forwards = torch.zeros(B)
-    result = []
     while (masked := codes == model.mask).any():
         log_p = model.step(codes, cache)                                            # (B, N, K)
         drawn = draw(log_p.exp(), generator)
@@ -300,11 +293,9 @@ def punt(model, cache, B, generator, eps):
             kept = kept & ~(later & (kl > eps))
         forwards += (number > 0) + number.clamp(min=1).log2().ceil()
         codes = torch.where(kept, drawn, codes)
-        result.append(codes)
-    return result, forwards
+    return [codes], forwards
 
 
 def one_step(model, cache, B, generator):
-    """The sampler of a student of Di[M]O -> as `unmask`."""
     p = model.step(student_input(B, model.mask, generator), cache).exp()            # (B, N, K)
-    return [draw(p, generator)], torch.ones(B)
+    return [draw(p, generator)], torch.ones(B)                                      # [(B, N)], (B,)

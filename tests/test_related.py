@@ -153,7 +153,7 @@ def test_punt_reveals_one_token_at_a_time_or_all(model):
     cache = model.encode(captions(3), N)
     for eps, rounds in ((0.0, range(N, 0, -1)), (math.inf, [N])):
         steps, forwards = punt(model, cache, 3, generator(), eps)
-        assert (steps[-1] < model.mask).all() and len(steps) == len(rounds)
+        assert (steps[-1] < model.mask).all()
         assert forwards.tolist() == [sum(1 + math.ceil(math.log2(n)) for n in rounds)] * 3
 
 
