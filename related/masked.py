@@ -33,7 +33,7 @@ WORDS = Words(world_words())
 SCRATCH = dict(lr=6e-3, muon_lr=0.03)     # learning rates of AdamW and of Muon
 TUNE = dict(lr=1e-3, muon_lr=0.0)
 # what trains: its loss, steps, images a step, how often each is in the batch, share of captions
-ARMS = {"teacher": dict(loss=teacher_loss, steps=2400, images=64, times=1, captions=0.5, **SCRATCH),
+ARMS = {"teacher": dict(loss=teacher_loss, steps=2800, images=64, times=1, captions=0.5, **SCRATCH),
         "one-order": dict(loss=order_loss, steps=1200, images=32, times=2, captions=1.0, **SCRATCH),
         "learned-order": dict(loss=order_loss, steps=1200, images=32, times=2, captions=1.0, **SCRATCH),
         "dimo": dict(loss=dimo_loss, steps=1000, images=64, times=1, captions=1.0, **TUNE),
@@ -65,7 +65,7 @@ def start(arm, flags):
         model.requires_grad_(True)
         second = auxiliary.requires_grad_(True) if arm == "dimo" else None
         return model, second, [auxiliary, teacher] if arm == "dimo" else [teacher]
-    cfg = Config(len(WORDS), 96, 8, 6, 192, 3, P, SIDE, grid_step=64 / SIDE, time_scale=1000.0, qk_norm=True)
+    cfg = Config(len(WORDS), 128, 4, 4, 256, 3, P, SIDE, grid_step=64 / SIDE, time_scale=1000.0, qk_norm=True)
     model = MaskedTransformer(cfg).init_weights()
     model.log_w.requires_grad_(arm == "learned-order")
     return model, None, []

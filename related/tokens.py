@@ -58,8 +58,7 @@ def quantise(x):
 
 
 class ReadOut(nn.Linear):
-    """The vector of a code is learned, plus linear in its patch's pixels: what is learned of one patch serves
-    those that look like it."""
+    """The vector of a code is learned, plus linear in its pixels: what looks alike learns together."""
 
     def __init__(self, width):
         super().__init__(width, len(codebook()))
@@ -80,8 +79,9 @@ class MaskedTransformer(Transformer):
         self.log_w = nn.Parameter(torch.zeros(N), requires_grad=False)              # (N,) see draw_order
 
     def images(self, codes):
-        """(B, N) -> (B, 3, h, w) in [-1, 1]; a masked patch is gray."""
-        patches = F.pad(codebook(), (0, 0, 0, 1))[codes]                         # (B, N, C*P*P)
+        """(B, N) -> (B, 3, h, w) in [-1, 1]; a masked patch is a chequerboard."""
+        chequers = 0.4 * (-1.0) ** (torch.arange(P)[:, None] + torch.arange(P)).repeat(3, 1, 1).view(1, -1)
+        patches = torch.cat([codebook(), chequers])[codes]                          # (B, N, C*P*P)
         return rearrange(patches, "b (h w) (c p q) -> b c (h p) (w q)", h=SIDE, p=P, q=P)
 
     def embed_target(self, codes, t, masked=None, mask_token=None):
@@ -194,8 +194,7 @@ def student_input(B, mask, generator):
 
 def dimo_loss(student, auxiliary, teacher, codes, condition, generator):
     """Di[M]O: the student's logits z get the gradient p_auxiliary - p_teacher where its own image is masked
-    again. The auxiliary model learns the student's distribution, by masked cross-entropy, in the same step.
-    Of the data only the prompts are used."""
+    again. The auxiliary model learns the student's distribution, by masked cross-entropy."""
     B = len(codes)
     z = student.logits(student_input(B, student.mask, generator), condition)        # (B, N, K)
     codes = draw(z.detach().softmax(dim=2), generator)                            # (B, N) the student's image
