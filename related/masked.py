@@ -30,14 +30,14 @@ from toy.world import world_words
 from train import learning_rate, make_optimizers
 
 WORDS = Words(world_words())
-SCRATCH = dict(lr=6e-3, muon_lr=0.03)     # learning rates of AdamW and of Muon
-TUNE = dict(lr=1e-3, muon_lr=0.0)
+SCRATCH = dict(muon_lr=0.03, rates=(6e-3, 0.03))          # learning rates of AdamW and of Muon
+STUDENT = dict(muon_lr=0.0, rates=(3e-4, 2e-3))           # of the student and of the auxiliary model
 # what trains: its loss, steps, images a step, how often each is in the batch, share of captions
-ARMS = {"teacher": dict(loss=teacher_loss, steps=2800, images=64, times=1, captions=0.5, **SCRATCH),
+ARMS = {"teacher": dict(loss=teacher_loss, steps=5000, images=64, times=1, captions=0.5, **SCRATCH),
         "one-order": dict(loss=order_loss, steps=1200, images=32, times=2, captions=1.0, **SCRATCH),
         "learned-order": dict(loss=order_loss, steps=1200, images=32, times=2, captions=1.0, **SCRATCH),
-        "dimo": dict(loss=dimo_loss, steps=1000, images=64, times=1, captions=1.0, **TUNE),
-        "naive": dict(loss=naive_loss, steps=1000, images=64, times=1, captions=1.0, **TUNE)}
+        "dimo": dict(loss=dimo_loss, steps=1200, images=64, times=1, captions=0.5, **STUDENT),
+        "naive": dict(loss=naive_loss, steps=1200, images=64, times=1, captions=0.5, **STUDENT)}
 EXAMPLES = {"captions": 512, "choice": 256, "edits": 256}    # held out; choice: add a thing, no word on where
 STEPS = (1, 2, 4, 8, 16)
 REMASK = (2, 1, 1)                        # FreeCorrection's: from 40, 60 and 80 % of the steps on
@@ -80,7 +80,9 @@ def train(flags):
     out = make_folder(Path(flags.out) / flags.arm / str(flags.seed))
     weights = list(model.parameters())
     average = [p.detach().clone() for p in weights]                    # what is used in the end
-    optimizers = make_optimizers(flags, model, second, bf16=False)
+    optimizers = make_optimizers(flags, model, None, bf16=False)
+    if second:
+        optimizers += make_optimizers(flags, second, None, bf16=False)
     trained = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     first = 0
     if (out / "last.pt").exists():
@@ -90,7 +92,7 @@ def train(flags):
     write_jsonl(out / "log.jsonl", [line for line in finished(out / "log.jsonl") if line["step"] <= first])
     bar = tqdm(range(first, flags.steps), f"{flags.arm} {flags.seed}", flags.steps, initial=first)
     for step in bar:
-        for optimizer, full_rate in zip(optimizers, (flags.lr, flags.muon_lr)):
+        for optimizer, full_rate in zip(optimizers, flags.rates):
             for group in optimizer.param_groups:
                 group["lr"] = full_rate * learning_rate(step, flags.steps, warmup=50)
         generator = torch.Generator().manual_seed(10**9 * flags.seed + step)
@@ -209,10 +211,10 @@ def orders(flags):
 
 def students(flags):
     """Both students in one step, and the entropy of the codes of true images."""
-    samples = held_out("captions", flags.seed, EXAMPLES["captions"])
-    result = {arm: {"captions": score(load(arm, flags), samples, flags.seed, one_step)}
+    sets = {kind: held_out(kind, flags.seed, n) for kind, n in EXAMPLES.items()}
+    result = {arm: {kind: score(load(arm, flags), sets[kind], flags.seed, one_step) for kind in sets}
               for arm in ("dimo", "naive")}
-    return {**result, "truth": {"captions": {"bits": entropy(true_codes(samples))}}}
+    return {**result, "truth": {kind: {"bits": entropy(true_codes(sets[kind]))} for kind in sets}}
 
 
 # ------------------------------------------------------------------------------------------- commands

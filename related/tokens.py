@@ -156,7 +156,7 @@ def order_log_prob(rank, k, log_w):
 
 
 def cross_entropy(logits, codes):
-    return F.cross_entropy(logits.transpose(1, 2), codes, reduction="none")         # (B, N)
+    return F.cross_entropy(logits.flatten(0, 1), codes.flatten(), reduction="none").view_as(codes)       # (B, N)
 
 
 def teacher_loss(model, codes, condition, generator):

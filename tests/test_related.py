@@ -169,7 +169,7 @@ def test_the_gradient_of_dimo_is_zero_when_auxiliary_and_teacher_agree(model):
 
 
 def test_a_run_goes_on_and_what_is_missing_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setitem(related.masked.ARMS, "teacher", dict(loss=related.tokens.teacher_loss, steps=2, images=4, times=1, captions=0.5, lr=1e-3, muon_lr=1e-2))
+    monkeypatch.setitem(related.masked.ARMS, "teacher", dict(loss=related.tokens.teacher_loss, steps=2, images=4, times=1, captions=0.5, muon_lr=1e-2, rates=(1e-3, 1e-2)))
     with pytest.raises(InputError, match="0 of 2 steps.*train teacher"):
         call(related.masked, "compare", "samplers", "--out", tmp_path)
     call(related.masked, "train", "teacher", "--out", tmp_path)
