@@ -1,6 +1,6 @@
 """Train and compare the systems of related/tokens.py on the toy world.
 
-    python -m related.masked train teacher                    out/related/teacher/0; the others need it
+    python -m related.masked train teacher                    out/related/teacher/0; most others need it
     python -m related.masked sample --prompt "a red circle"   images as their tokens are revealed
     python -m related.masked compare samplers                 scores, in out/related/ARM/0/result.json
     python -m related.masked figures                          the figures of related/README.md
@@ -8,6 +8,7 @@
 `bash related/all.sh` runs everything, for three seeds. A killed run goes on from where it was saved.
 """
 import math
+import textwrap
 from functools import partial
 from pathlib import Path
 
@@ -30,21 +31,20 @@ from toy.world import world_words
 from train import learning_rate, make_optimizers
 
 WORDS = Words(world_words())
-SCRATCH = dict(muon_lr=0.03, rates=(6e-3, 0.03))          # learning rates of AdamW and of Muon
-STUDENT = dict(muon_lr=0.0, rates=(3e-4, 2e-3))           # of the student and of the auxiliary model
-# what trains: its loss, steps, images a step, how often each is in the batch, share of captions
-ARMS = {"teacher": dict(loss=teacher_loss, steps=5000, images=64, times=1, captions=0.5, **SCRATCH),
-        "one-order": dict(loss=order_loss, steps=1200, images=32, times=2, captions=1.0, **SCRATCH),
-        "learned-order": dict(loss=order_loss, steps=1200, images=32, times=2, captions=1.0, **SCRATCH),
-        "dimo": dict(loss=dimo_loss, steps=1200, images=64, times=1, captions=0.5, **STUDENT),
-        "naive": dict(loss=naive_loss, steps=1200, images=64, times=1, captions=0.5, **STUDENT)}
+SCRATCH = dict(muon_lr=0.03, rates=(6e-3, 0.03))          # learning rates of AdamW, Muon
+STUDENT = dict(muon_lr=0.0, rates=(3e-4, 2e-3))           # of the student's AdamW, of the auxiliary model's
+# what trains: its loss, steps, different images in a batch of 64, share of captions
+ARMS = {"teacher": dict(loss=teacher_loss, steps=5000, images=64, captions=0.5, **SCRATCH),
+        "one-order": dict(loss=order_loss, steps=1200, images=32, captions=1.0, **SCRATCH),
+        "learned-order": dict(loss=order_loss, steps=1200, images=32, captions=1.0, **SCRATCH),
+        "dimo": dict(loss=dimo_loss, steps=1200, images=64, captions=0.5, **STUDENT),
+        "naive": dict(loss=naive_loss, steps=1200, images=64, captions=0.5, **STUDENT)}
 EXAMPLES = {"captions": 512, "choice": 256, "edits": 256}    # held out; choice: add a thing, no word on where
 STEPS = (1, 2, 4, 8, 16)
 REMASK = (2, 1, 1)                        # FreeCorrection's: from 40, 60 and 80 % of the steps on
 EPS = (0.003, 0.03, 0.3, 3.0)             # PUNT's thresholds, nats
 
 # ------------------------------------------------------------------------------------------- training
-
 
 def load(arm, flags):
     """The averaged weights of an arm that is trained."""
@@ -63,44 +63,44 @@ def start(arm, flags):
     if arm in ("dimo", "naive"):
         teacher, model, auxiliary = (load("teacher", flags) for _ in range(3))
         model.requires_grad_(True)
-        second = auxiliary.requires_grad_(True) if arm == "dimo" else None
-        return model, second, [auxiliary, teacher] if arm == "dimo" else [teacher]
+        if arm == "naive":
+            return model, None, [teacher]
+        return model, auxiliary.requires_grad_(True), [auxiliary, teacher]
     cfg = Config(len(WORDS), 128, 4, 4, 256, 3, P, SIDE, grid_step=64 / SIDE, time_scale=1000.0, qk_norm=True)
     model = MaskedTransformer(cfg).init_weights()
-    model.log_w.requires_grad_(arm == "learned-order")
+    if arm == "learned-order":
+        model.log_w = nn.Parameter(model.log_w)
     return model, None, []
 
 
 def train(flags):
     """Train one arm. A killed run goes on; one that has ended does nothing."""
     torch.manual_seed(flags.seed)
-    vars(flags).update(ARMS[flags.arm], weight_decay=0.0)
+    vars(flags).update(ARMS[flags.arm], weight_decay=0.0)               # make_optimizers reads it
     model, second, others = start(flags.arm, flags)
     data = Scenes("train", flags.seed, flags.captions)
     out = make_folder(Path(flags.out) / flags.arm / str(flags.seed))
     weights = list(model.parameters())
     average = [p.detach().clone() for p in weights]                    # what is used in the end
-    optimizers = make_optimizers(flags, model, None, bf16=False)
-    if second:
-        optimizers += make_optimizers(flags, second, None, bf16=False)
-    trained = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    optimizers = [own for m in (model, second) if m for own in make_optimizers(flags, m, None, bf16=False)]
+    updated = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     first = 0
     if (out / "last.pt").exists():
         state = read_checkpoint(out / "last.pt")
         restore(state, model, second, average, optimizers)
         first = state["step"]
     write_jsonl(out / "log.jsonl", [line for line in finished(out / "log.jsonl") if line["step"] <= first])
-    bar = tqdm(range(first, flags.steps), f"{flags.arm} {flags.seed}", flags.steps, initial=first)
-    for step in bar:
+    name = f"{flags.arm} {flags.seed}"
+    for step in (bar := tqdm(range(first, flags.steps), name, flags.steps, initial=first)):
         for optimizer, full_rate in zip(optimizers, flags.rates):
             for group in optimizer.param_groups:
                 group["lr"] = full_rate * learning_rate(step, flags.steps, warmup=50)
-        generator = torch.Generator().manual_seed(10**9 * flags.seed + step)
-        indices = [*range(step * flags.images, (step + 1) * flags.images)] * flags.times
+        generator = torch.Generator().manual_seed((10**9 * flags.seed + step) % 2**63)
+        indices = [*range(step * flags.images, (step + 1) * flags.images)] * (64 // flags.images)
         batch = make_batch(data, indices, WORDS, P, flags.seed, p_drop=0, p_plan=0, p_masked_source=0)
         loss = flags.loss(model, *others, quantise(batch.x1), batch.condition, generator)
         loss.backward()
-        nn.utils.clip_grad_norm_(trained, 1.0)
+        nn.utils.clip_grad_norm_(updated, 1.0)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -137,7 +137,7 @@ def score(model, samples, seed, sampler):
     exact, forwards, drawn = [], [], []
     for begin in range(0, len(samples), 128):
         some = samples[begin:begin + 128]
-        generator = torch.Generator().manual_seed(10**6 * seed + begin)
+        generator = torch.Generator().manual_seed((10**6 * seed + begin) % 2**63)
         steps, own = sampler(model, encode(model, some), len(some), generator)      # [(B, N)], (B,)
         exact += [is_exact(sample, x) for sample, x in zip(some, model.images(steps[-1]))]
         forwards += own.tolist()
@@ -157,19 +157,21 @@ def order_bits(model, samples, rank):
     cache = encode(model, samples)
     nats = torch.zeros(len(samples))
     for k in range(N):
-        log_p = model.step(codes.masked_fill(rank >= k, model.mask), cache)         # (B, N, K)
+        log_p = model.log_p(codes.masked_fill(rank >= k, model.mask), cache)        # (B, N, K)
         nats -= (at(log_p, codes) * (rank == k)).sum(dim=1)                         # (B,)
     return nats.mean().item() / math.log(2)
 
 
 def found(model, samples):
-    """One token of each image is another image's. How often is its confidence the least? By chance 1/16."""
+    """A quarter is masked, one other token is another image's. How often is it the least confident?"""
     codes = true_codes(samples)                                                     # (B, N)
     other = codes.roll(1, 0)
     random = torch.rand(codes.shape, generator=torch.Generator().manual_seed(0))
-    place = (random * (other != codes)).argmax(dim=1)                               # (B,)
-    shown = torch.where(torch.arange(N) == place[:, None], other, codes)            # (B, N)
-    confidence = at(model.step(shown, encode(model, samples)), shown)               # (B, N)
+    masked = random.argsort(dim=1).argsort(dim=1) < N // 4                          # (B, N)
+    place = (random * (other != codes) * ~masked).argmax(dim=1)                     # (B,)
+    shown = torch.where(torch.arange(N) == place[:, None], other, codes).masked_fill(masked, model.mask)
+    log_p = model.log_p(shown, encode(model, samples))                              # (B, N, K)
+    confidence = at(log_p, shown.masked_fill(masked, 0)).masked_fill(masked, 1)     # (B, N)
     return (confidence.argmin(dim=1) == place).float().mean().item()
 
 
@@ -212,8 +214,9 @@ def orders(flags):
 def students(flags):
     """Both students in one step, and the entropy of the codes of true images."""
     sets = {kind: held_out(kind, flags.seed, n) for kind, n in EXAMPLES.items()}
-    result = {arm: {kind: score(load(arm, flags), sets[kind], flags.seed, one_step) for kind in sets}
-              for arm in ("dimo", "naive")}
+    models = {arm: load(arm, flags) for arm in ("dimo", "naive")}
+    result = {arm: {kind: score(model, sets[kind], flags.seed, one_step) for kind in sets}
+              for arm, model in models.items()}
     return {**result, "truth": {kind: {"bits": entropy(true_codes(sets[kind]))} for kind in sets}}
 
 
@@ -239,7 +242,8 @@ def sample(flags):
     for own, *images in zip(samples, *map(model.images, steps)):
         source = (own.images[0], "source", False) if own.images else None
         cells = [(to_array(x), f"step {k}", False) for k, x in enumerate(images[:-1], 1)]
-        rows.append([source, *cells, (to_array(images[-1]), own.instruction, is_exact(own, images[-1]))])
+        label = textwrap.fill(own.instruction, 18)
+        rows.append([source, *cells, (to_array(images[-1]), label, is_exact(own, images[-1]))])
     sheet(rows, flags.picture, 6, pad=16)
     print(f"wrote {flags.picture}; framed: exact")
 
@@ -250,17 +254,11 @@ def points(runs, name, kind):
     for run in runs:
         if f"{run['arm']}-".startswith(f"{name}-"):
             arms.setdefault(run["arm"], []).append(run[kind])
-    result = []
+    lines = []
     for scores in arms.values():
         mean, half = interval([one["exact"] for one in scores])
-        result.append((interval([one["forwards"] for one in scores])[0], mean, mean - half, mean + half))
-    return sorted(result)
-
-
-def chart(runs, path, sets, arms):
-    line_charts([(title, "forwards an image", "exact",
-                  {name: points(runs, arm, kind) for arm, name in arms.items()})
-                 for kind, title in sets.items()], path)
+        lines.append((interval([one["forwards"] for one in scores])[0], mean, mean - half, mean + half))
+    return sorted(lines)
 
 
 def figures(flags):
@@ -268,12 +266,14 @@ def figures(flags):
     runs = all_runs("related/results.jsonl")
     if not runs:
         raise InputError("related/results.jsonl has no runs; bash related/all.sh makes them")
-    chart(runs, "related/samplers.png", {"captions": "captions", "choice": "add a thing, anywhere"},
-          {"confidence": "confidence", "random": "random order", "correction": "FreeCorrection",
-           "punt": "PUNT"})
-    chart(runs, "related/one_step.png", {"captions": "captions"},
-          {"confidence": "teacher, by confidence", "dimo": "Di[M]O", "naive": "naive distillation"})
-    learned = [row for row in runs if row["arm"] == "learned-order"]
+    sets = {"captions": "captions", "choice": "add a thing, anywhere", "edits": "edits without a choice"}
+    many = dict(confidence="confidence", random="random order", correction="FreeCorrection", punt="PUNT")
+    one = dict(confidence="teacher, by confidence", dimo="Di[M]O", naive="naive distillation")
+    for name, arms in (("samplers", many), ("one_step", one)):
+        line_charts([(title, "forwards an image", "exact",
+                      {label: points(runs, arm, kind) for arm, label in arms.items()})
+                     for kind, title in sets.items()], f"related/{name}.png")
+    learned = [run for run in runs if run["arm"] == "learned-order"]
     shares = torch.tensor([run["first"] for run in learned]).view(-1, SIDE, SIDE, 1)
     images = (255 * (N / 2 * shares).clamp(max=1)).byte().expand(-1, -1, -1, 3).numpy()
     sheet([[(image, f"seed {run['seed']}", False) for image, run in zip(images, learned)]],

@@ -2,8 +2,7 @@
 
 magd.py corrupts an image with noise, then masks some of its tokens. Mask any share of them and leave out the
 noise, and it is masked diffusion: a token is one of finitely many patches, or masked, and the network gives
-every patch a probability at every masked token. The network is model.Transformer. What the systems do on the
-toy world, and how to run them: related/README.md.
+every patch a probability at every masked token. What the systems do on the toy world: related/README.md.
 
 Letters as in model.py, and K patches in the codebook. CPU only.
 """
@@ -58,7 +57,7 @@ def quantise(x):
 
 
 class ReadOut(nn.Linear):
-    """The vector of a code is learned, plus linear in its pixels: what looks alike learns together."""
+    """A code's logit is x times its vector: learned, plus linear in its pixels, so what looks alike helps."""
 
     def __init__(self, width):
         super().__init__(width, len(codebook()))
@@ -76,7 +75,7 @@ class MaskedTransformer(Transformer):
         self.mask = len(codebook())                                               # the code of a masked token
         self.mask_token = nn.Parameter(torch.zeros(1, cfg.width))
         self.final_layer.linear = ReadOut(cfg.width)
-        self.log_w = nn.Parameter(torch.zeros(N), requires_grad=False)              # (N,) see draw_order
+        self.register_buffer("log_w", torch.zeros(N))                               # (N,) see draw_order
 
     def images(self, codes):
         """(B, N) -> (B, 3, h, w) in [-1, 1]; a masked patch is a chequerboard."""
@@ -85,8 +84,8 @@ class MaskedTransformer(Transformer):
         return rearrange(patches, "b (h w) (c p q) -> b c (h p) (w q)", h=SIDE, p=P, q=P)
 
     def embed_target(self, codes, t, masked=None, mask_token=None):
+        masked = codes == self.mask                                   # (B, N) not given: the codes say it
         mask_token = self.mask_token.expand(len(codes), -1)                         # (B, D)
-        masked = codes == self.mask                                                 # (B, N)
         return super().embed_target(self.images(codes), t, masked, mask_token)      # Eq. 4 of MADI
 
     def read_out(self, x, features, codes):
@@ -99,14 +98,13 @@ class MaskedTransformer(Transformer):
     def logits(self, codes, condition):
         return self(codes, self.time(codes), condition)                             # (B, N, K)
 
-    def step(self, codes, cache):
-        """`logits` with the condition encoded, for sampling -> log-probabilities (B, N, K)"""
+    def log_p(self, codes, cache):
+        """For sampling, with the condition encoded -> log-probabilities (B, N, K)"""
         return self.denoise(codes, self.time(codes), cache).log_softmax(dim=2)
 
 
 class Scenes(Shapes):
     """The world `simple`, but every other instruction to add a thing leaves its place open."""
-
     def __init__(self, split, seed, captions):
         super().__init__("simple", split, seed)
         self.world = replace(WORLD, captions=captions)
@@ -138,7 +136,8 @@ def draw_order(B, log_w, generator):
 
 
 def bound(ce, masked, log_w):
-    """The objective. ce (B, N), masked (B, N) after k of N steps of an order, k random -> nats (B,) an image.
+    """One sample of the objective. ce (B, N); masked (B, N) is what is left after the first k positions of an
+    order, k uniform in 0 to N - 1 -> nats (B,) of an image.
 
     2511.19152: the integral over s of the sum over masked i of -alpha_i' / (1 - alpha_i) CE_i, where the
     quotient is w_i / s. Along an order that is the sum over k of the expected CE of the next position, which
@@ -156,12 +155,13 @@ def order_log_prob(rank, k, log_w):
 
 
 def cross_entropy(logits, codes):
-    return F.cross_entropy(logits.flatten(0, 1), codes.flatten(), reduction="none").view_as(codes)       # (B, N)
+    ce = F.cross_entropy(logits.flatten(0, 1), codes.flatten(), reduction="none")   # (B*N,)
+    return ce.view_as(codes)                                                        # (B, N)
 
 
 def teacher_loss(model, codes, condition, generator):
-    """Masked cross-entropy. In an eighth of the samples a quarter of the visible tokens is another image's,
-    and the loss is that of visible tokens: there FreeCorrection reads, and masks alone train nothing."""
+    """Masked cross-entropy; in an eighth of the samples cross-entropy of the visible tokens, a quarter of
+    them another image's. FreeCorrection reads visible tokens, and masks alone never train them."""
     B = len(codes)
     k = torch.randperm(B, generator=generator) % N                                  # (B,) tokens revealed
     masked = draw_order(B, model.log_w, generator) >= k[:, None]                    # (B, N)
@@ -178,12 +178,12 @@ def order_loss(model, codes, condition, generator):
     the order. The batch is the same images twice, with two orders: the other's loss is the baseline."""
     B = len(codes)
     k = torch.randperm(B // 2, generator=generator).repeat(2) % N                   # (B,)
-    rank = draw_order(B, model.log_w.detach(), generator)                           # (B, N)
+    rank = draw_order(B, model.log_w, generator)                                    # (B, N)
     masked = rank >= k[:, None]
     ce = cross_entropy(model.logits(codes.masked_fill(masked, model.mask), condition), codes)
     nats = bound(ce, masked, model.log_w)                                           # (B,)
-    better = (nats - nats.roll(B // 2)).detach()                                    # (B,)
-    return (nats + better * order_log_prob(rank, k, model.log_w)).mean() / N
+    worse = (nats - nats.roll(B // 2)).detach()                                     # (B,)
+    return (nats + worse * order_log_prob(rank, k, model.log_w)).mean() / N
 
 
 def student_input(B, mask, generator):
@@ -194,19 +194,19 @@ def student_input(B, mask, generator):
 
 def dimo_loss(student, auxiliary, teacher, codes, condition, generator):
     """Di[M]O: the student's logits z get the gradient p_auxiliary - p_teacher where its own image is masked
-    again. The auxiliary model learns the student's distribution, by masked cross-entropy."""
+    again. The auxiliary model learns the student's images, by masked cross-entropy. No data but prompts."""
     B = len(codes)
     z = student.logits(student_input(B, student.mask, generator), condition)        # (B, N, K)
-    codes = draw(z.detach().softmax(dim=2), generator)                            # (B, N) the student's image
-    share = torch.rand(B, 1, generator=generator).arccos() / (math.pi / 2)          # (B, 1)
+    made = draw(z.detach().softmax(dim=2), generator)                             # (B, N) the student's image
+    share = torch.rand(B, 1, generator=generator).arccos() / (math.pi / 2)   # (B, 1) as MaskGIT: mostly many
     rank = torch.rand(B, N, generator=generator).argsort(dim=1)                     # (B, N)
     masked = rank < (N * share).round().clamp(min=1)
-    shown = codes.masked_fill(masked, student.mask)
+    shown = made.masked_fill(masked, student.mask)
     with torch.no_grad():
         p = teacher.logits(shown, condition).softmax(dim=2)
     logits = auxiliary.logits(shown, condition)
     loss = distillation(z, logits.detach().softmax(dim=2), p)                       # (B, N)
-    return (loss + cross_entropy(logits, codes))[masked].mean()
+    return (loss + cross_entropy(logits, made))[masked].mean()
 
 
 def distillation(z, p_auxiliary, p_teacher):
@@ -217,9 +217,9 @@ def distillation(z, p_auxiliary, p_teacher):
 def naive_loss(student, teacher, codes, condition, generator):
     """The control for Di[M]O: cross-entropy of the student's one step with images that the teacher makes."""
     B = len(codes)
-    codes = unmask(teacher, teacher.encode(condition, N), B, generator, 8)[0][-1]   # (B, N)
+    made = unmask(teacher, teacher.encode(condition, N), B, generator, 8)[0][-1]    # (B, N)
     logits = student.logits(student_input(B, student.mask, generator), condition)   # (B, N, K)
-    return cross_entropy(logits, codes).mean()
+    return cross_entropy(logits, made).mean()
 
 
 # ------------------------------------------------------------------------------------------- samplers
@@ -242,44 +242,44 @@ def chosen(score, n):
 
 def unmask(model, cache, B, generator, steps, order="confidence", remask=(0, 0, 0)):
     """MaskGIT (2202.04200): draw all masked tokens; of these reveal those drawn with the highest probability,
-    or random ones, as many as a cosine schedule says -> [codes (B, N) after each step], forwards (B,).
+    or random ones, as many as a cosine schedule says, at least one -> [codes (B, N) by step], forwards (B,).
 
     remask: FreeCorrection (2602.02927). A decided token's confidence is its probability given itself and all
-    others, averaged over the steps since it was revealed. From 40, 60 and 80 % of the steps on, so many of
-    the least confident are masked again, and as many more revealed."""
+    others, averaged over the steps since it was revealed. From 40 % of the steps on each masks the remask[0]
+    least confident again, from 60 and 80 % [1] and [2]; as many more are revealed, and their history ends."""
     codes = torch.full((B, N), model.mask)
     total, times = torch.zeros(2, B, N)                                 # sum of the confidences, their number
     result = []
     for step in range(1, steps + 1):
         masked = codes == model.mask                                                # (B, N)
-        p = model.step(codes, cache).exp()                                          # (B, N, K)
+        p = model.log_p(codes, cache).exp()                                         # (B, N, K)
         drawn = draw(p, generator)
         confidence = at(p, torch.where(masked, drawn, codes))                       # (B, N)
         total += confidence * ~masked
         times += ~masked
         before = int(masked[0].sum())                                               # masked tokens
-        after = int(N * math.cos(math.pi / 2 * step / steps)) if step < steps else 0
-        fifth = int(5 * (step - 1) / steps)                                         # of the steps: 0 to 4
+        after = max(0, min(before - 1, int(N * math.cos(math.pi / 2 * step / steps))))
+        fifth = 5 * (step - 1) // steps                             # 0 to 4: which fifth of the steps
         back = min(remask[fifth - 2], after, N - before) if fifth >= 2 else 0
         score = torch.rand(B, N, generator=generator) if order == "random" else confidence
         reveal = chosen(score.masked_fill(~masked, -1), before + back - after)
-        again = chosen(-(total / times.clamp(min=1)).masked_fill(masked, 2), back)
+        again = chosen(-(total / times.clamp(min=1)).masked_fill(masked, 2), back)  # masked ones come last
         codes = torch.where(reveal, drawn, codes).masked_fill(again, model.mask)
         total[again] = times[again] = 0
         result.append(codes)
     return result, torch.full((B,), float(steps))
 
 
-@torch.no_grad()
 def punt(model, cache, B, generator, eps):
     """PUNT (2510.21961): reveal at once only what is independent -> [codes (B, N)], forwards (B,).
 
     Masked tokens are ranked by confidence. For each bit of the rank, from the highest, those kept that have
-    bit 0 are shown, as anchors; one with bit 1 is kept unless KL(p(x_i | x) || p(x_i | x, anchors)) > eps."""
+    bit 0 are shown, as anchors; one with bit 1 is kept unless KL(p(x_i | x) || p(x_i | x, anchors)) > eps.
+    Two ranks differ in a highest bit: there the less confident is tested with the other shown."""
     codes = torch.full((B, N), model.mask)
     forwards = torch.zeros(B)
     while (masked := codes == model.mask).any():
-        log_p = model.step(codes, cache)                                            # (B, N, K)
+        log_p = model.log_p(codes, cache)                                           # (B, N, K)
         drawn = draw(log_p.exp(), generator)
         confidence = at(log_p, drawn).masked_fill(~masked, -torch.inf)              # (B, N)
         rank = confidence.argsort(dim=1, descending=True).argsort(dim=1)            # (B, N)
@@ -287,7 +287,7 @@ def punt(model, cache, B, generator, eps):
         kept = masked
         for bit in reversed(range((int(number.max()) - 1).bit_length())):
             later = (rank >> bit) % 2 == 1                                          # (B, N)
-            log_q = model.step(torch.where(kept & ~later, drawn, codes), cache)     # (B, N, K)
+            log_q = model.log_p(torch.where(kept & ~later, drawn, codes), cache)    # (B, N, K)
             kl = (log_p.exp() * (log_p - log_q)).sum(dim=2)                         # (B, N)
             kept = kept & ~(later & (kl > eps))
         forwards += (number > 0) + number.clamp(min=1).log2().ceil()
@@ -296,5 +296,5 @@ def punt(model, cache, B, generator, eps):
 
 
 def one_step(model, cache, B, generator):
-    p = model.step(student_input(B, model.mask, generator), cache).exp()            # (B, N, K)
+    p = model.log_p(student_input(B, model.mask, generator), cache).exp()           # (B, N, K)
     return [draw(p, generator)], torch.ones(B)                                      # [(B, N)], (B,)

@@ -1,4 +1,5 @@
 """Masked diffusion on the toy (related/): what holds whatever the weights are."""
+import argparse
 import itertools
 import math
 
@@ -54,18 +55,24 @@ def test_held_out_sets():
     assert {sample.task for sample in held_out("edits", 0, 40)} == {"add", "remove", "color", "local", "background"}
 
 
-def test_codes_behind_a_mask_do_not_matter_and_visible_ones_do(model):
+def test_pixels_of_a_masked_patch_do_not_matter_and_visible_ones_do(model, monkeypatch):
     codes = torch.randint(model.mask, (1, N), generator=generator())
     masked = torch.arange(N)[None] >= 8
-    other = codes.where(~masked, (codes + 1) % model.mask)
-    changed = codes.where(masked, (codes + 1) % model.mask)
-    a, b, c = (model.logits(x.masked_fill(masked, model.mask), captions(1)) for x in (codes, other, changed))
-    assert a.equal(b) and not torch.allclose(a, c)
+    shown, changed = (x.masked_fill(masked, model.mask) for x in (codes, (codes + 1) % model.mask))
+    a, b = (model.logits(x, captions(1)) for x in (shown, changed))
+    images = model.images
+
+    def spoilt(codes):
+        patches = related.tokens.patchify(images(codes), 4).masked_fill((codes == model.mask)[:, :, None], 7.0)
+        return related.tokens.rearrange(patches, "b (h w) (c p q) -> b c (h p) (w q)", h=4, p=4, q=4)
+    monkeypatch.setattr(model, "images", spoilt)
+    assert model.logits(shown, captions(1)).equal(a) and not torch.allclose(a, b)
 
 
 def test_the_cache_gives_the_same_probabilities(model):
     codes = torch.randint(model.mask + 1, (3, N), generator=generator())
-    torch.testing.assert_close(model.step(codes, model.encode(captions(3), N)), model.logits(codes, captions(3)).log_softmax(2))
+    own = model.log_p(codes, model.encode(captions(3), N))
+    torch.testing.assert_close(own, model.logits(codes, captions(3)).log_softmax(2))
 
 
 def test_with_equal_schedules_the_objective_is_the_plain_one():
@@ -121,11 +128,11 @@ def maskgit(model, cache, B, generator, steps):
     """MaskGIT, as short as it gets."""
     codes = torch.full((B, N), model.mask)
     for step in range(1, steps + 1):
-        p = model.step(codes, cache).exp()
+        p = model.log_p(codes, cache).exp()
         drawn = draw(p, generator)
-        left = int(N * math.cos(math.pi / 2 * step / steps)) if step < steps else 0
         for b in range(B):
             hidden = [i for i in range(N) if codes[b, i] == model.mask]
+            left = min(len(hidden) - 1, int(N * math.cos(math.pi / 2 * step / steps)))
             hidden.sort(key=lambda i: -p[b, i, drawn[b, i]].item())
             for i in hidden[:len(hidden) - left]:
                 codes[b, i] = drawn[b, i]
@@ -138,6 +145,30 @@ def test_without_remasking_free_correction_is_the_plain_sampler_bit_for_bit(mode
     plain = maskgit(model, cache, 3, generator(), steps)
     own, forwards = unmask(model, cache, 3, generator(), steps, remask=(0, 0, 0))
     assert own[-1].equal(plain) and forwards.tolist() == 3 * [steps]
+
+
+def test_as_many_steps_as_tokens_reveal_one_at_a_time(model):
+    steps, _ = unmask(model, model.encode(captions(1), N), 1, generator(), N)
+    assert [int((codes == model.mask).sum()) for codes in steps] == [*range(N - 1, -1, -1)]
+
+
+class Stub:
+    """A network whose probabilities are a function of codes -> (B, N, K)."""
+    def __init__(self, p, K):
+        self.p, self.mask = p, K
+
+    def log_p(self, codes, cache):
+        return self.p(codes).log()
+
+
+def test_the_token_that_has_become_improbable_is_masked_again():
+    def p(codes):                                    # code 0 everywhere, but once visible that of place 5 looks wrong
+        p = torch.tensor([0.9, 0.1]).repeat(len(codes), N, 1)
+        p[:, 5] = torch.where(codes[:, 5:6] == 2, torch.tensor([1.0, 0.0]), torch.tensor([0.1, 0.9]))
+        return p
+    steps, _ = unmask(Stub(p, 2), None, 1, generator(), 10, remask=(1, 1, 1))
+    back = [(a != 2) & (b == 2) for a, b in itertools.pairwise(steps)]
+    assert [some.nonzero()[:, 1].tolist() for some in back][3] == [5]
 
 
 def test_free_correction_reveals_as_many_tokens_as_the_plain_sampler_and_changes_some(model):
@@ -157,6 +188,17 @@ def test_punt_reveals_one_token_at_a_time_or_all(model):
         assert forwards.tolist() == [sum(1 + math.ceil(math.log2(n)) for n in rounds)] * 3
 
 
+def test_punt_reveals_at_once_what_is_independent_and_no_two_that_are_equal():
+    def p(codes):                                    # places 2 i and 2 i + 1 have the same code, all else is free
+        other = codes.view(-1, N // 2, 2).flip(2).view(-1, N)
+        known = torch.nn.functional.one_hot(other.clamp(max=3), 4) * 0.9997 + 0.000075
+        return torch.where((other == 4)[:, :, None], torch.tensor(0.25), known)
+    steps, forwards = punt(Stub(p, 4), None, 64, generator(), 0.1)
+    pairs = steps[-1].view(64, N // 2, 2)
+    assert (pairs[:, :, 0] == pairs[:, :, 1]).float().mean() > 0.99
+    assert forwards.tolist() == 64 * [(1 + 4) + (1 + 3)]
+
+
 def test_the_gradient_of_dimo_is_zero_when_auxiliary_and_teacher_agree(model):
     z = torch.randn(2, N, 7, requires_grad=True)
     p, q = torch.randn(2, 2, N, 7).softmax(dim=3)
@@ -168,12 +210,37 @@ def test_the_gradient_of_dimo_is_zero_when_auxiliary_and_teacher_agree(model):
     assert all(p.grad is None or not p.grad.any() for p in student.parameters())
 
 
-def test_a_run_goes_on_and_what_is_missing_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setitem(related.masked.ARMS, "teacher", dict(loss=related.tokens.teacher_loss, steps=2, images=4, times=1, captions=0.5, muon_lr=1e-2, rates=(1e-3, 1e-2)))
+def test_dimo_goes_to_where_the_teacher_is():
+    class Constant:
+        mask = 3
+
+        def __init__(self, z):
+            self.z = torch.tensor(z).repeat(8, N, 1).requires_grad_()
+
+        def logits(self, shown, condition):
+            return self.z
+    student, auxiliary, teacher = Constant([0.0, 0.0, 0.0]), Constant([0.0, 0.0, 0.0]), Constant([2.0, 0.0, 0.0])
+    dimo_loss(student, auxiliary, teacher, torch.zeros(8, N), None, generator()).backward()
+    grad = student.z.grad.flatten(0, 1)
+    assert (grad[:, 0] <= 0).all() and grad[:, 0].any() and (grad[:, 1:] >= 0).all()
+    assert not grad.any(dim=1).all()                                 # what is not masked again has none
+
+
+def test_a_run_goes_on_and_its_average_is_loaded(tmp_path, monkeypatch):
+    arm = dict(loss=related.tokens.teacher_loss, steps=2, images=4, captions=0.5, muon_lr=1e-2, rates=(1e-3, 1e-2))
+    monkeypatch.setitem(related.masked.ARMS, "teacher", arm)
+    monkeypatch.setattr(related.masked, "learning_rate", lambda *_, **more: 1.0)
     with pytest.raises(InputError, match="0 of 2 steps.*train teacher"):
-        call(related.masked, "compare", "samplers", "--out", tmp_path)
-    call(related.masked, "train", "teacher", "--out", tmp_path)
-    first = torch.load(tmp_path / "teacher/0/last.pt", weights_only=True)
-    assert first["step"] == 2
-    call(related.masked, "train", "teacher", "--out", tmp_path)                    # it has ended: nothing changes
-    assert torch.load(tmp_path / "teacher/0/last.pt", weights_only=True)["ema"].keys() == first["ema"].keys()
+        call(related.masked, "compare", "samplers", "--out", tmp_path / "a")
+    call(related.masked, "train", "teacher", "--out", tmp_path / "a")
+    arm["steps"] = 1
+    call(related.masked, "train", "teacher", "--out", tmp_path / "b")
+    arm["steps"] = 2
+    call(related.masked, "train", "teacher", "--out", tmp_path / "b")
+    a, b = (torch.load(tmp_path / f"{name}/teacher/0/last.pt", weights_only=True) for name in "ab")
+    own = related.masked.load("teacher", argparse.Namespace(out=tmp_path / "a", seed=0)).state_dict()
+    assert a["step"] == b["step"] == 2
+    for name, value in own.items():
+        assert a["model"][name].equal(b["model"][name])
+        assert value.equal(a["ema"].get(name, a["model"][name])) and value.equal(b["ema"].get(name, value))
+    assert not own["mask_token"].equal(a["model"]["mask_token"])     # the average is not the last
