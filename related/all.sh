@@ -16,15 +16,14 @@ compare() {                                # PART ARM SEED: unless the scores of
 one_seed() {
     local arm
     for arm in teacher one-order learned-order dimo naive; do
-        "$PYTHON" -m related.masked train $arm --seed "$1"
+        "$PYTHON" -m related.masked train $arm --seed "$1" || return
     done
-    compare samplers checked "$1"
-    compare orders unchecked "$1"
-    compare students truth "$1"
+    compare samplers checked "$1" && compare orders unchecked "$1" && compare students truth "$1"
 }
 export -f compare one_seed
 
-printf '%s\n' ${SEEDS:-0 1 2} | xargs -P "${JOBS:-2}" -I @ bash -c 'set -e; one_seed @ > $OUT/@.log 2>&1'
+printf '%s\n' ${SEEDS:-0 1 2} | xargs -P "${JOBS:-2}" -I @ bash -c \
+    'one_seed @ > $OUT/@.log 2>&1 || { tail -n 1 $OUT/@.log; exit 255; }'                 # 255: xargs stops
 "$PYTHON" -m experiments.study keep $OUT --results related/results.jsonl
 "$PYTHON" -m related.masked sample --picture related/sample.png
 "$PYTHON" -m related.masked figures

@@ -37,8 +37,8 @@ STUDENT = dict(muon_lr=0.0, rates=(3e-4, 2e-3))           # of the student's Ada
 ARMS = {"teacher": dict(loss=teacher_loss, steps=5000, images=64, captions=0.5, **SCRATCH),
         "one-order": dict(loss=order_loss, steps=1200, images=32, captions=1.0, **SCRATCH),
         "learned-order": dict(loss=order_loss, steps=1200, images=32, captions=1.0, **SCRATCH),
-        "dimo": dict(loss=dimo_loss, steps=1200, images=64, captions=0.5, **STUDENT),
-        "naive": dict(loss=naive_loss, steps=1200, images=64, captions=0.5, **STUDENT)}
+        "dimo": dict(loss=dimo_loss, steps=800, images=64, captions=0.5, **STUDENT),
+        "naive": dict(loss=naive_loss, steps=800, images=64, captions=0.5, **STUDENT)}
 EXAMPLES = {"captions": 512, "choice": 256, "edits": 256}    # held out; choice: add a thing, no word on where
 STEPS = (1, 2, 4, 8, 16)
 REMASK = (2, 1, 1)                        # FreeCorrection's: from 40, 60 and 80 % of the steps on
