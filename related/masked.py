@@ -10,10 +10,10 @@
 import math
 import textwrap
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 from tqdm import tqdm
 
 from common.charts import line_charts
@@ -42,7 +42,6 @@ ARMS = {"teacher": dict(loss=teacher_loss, steps=5000, images=64, captions=0.5, 
 EXAMPLES = {"captions": 512, "choice": 256, "edits": 256}    # held out; choice: add a thing, no word on where
 STEPS = (1, 2, 4, 8, 16)
 REMASK = (2, 1, 1)                        # FreeCorrection's: from 40, 60 and 80 % of the steps on
-EPS = (0.003, 0.03, 0.3, 3.0)             # PUNT's thresholds, nats
 
 # ------------------------------------------------------------------------------------------- training
 
@@ -69,7 +68,7 @@ def start(arm, flags):
     cfg = Config(len(WORDS), 128, 4, 4, 256, 3, P, SIDE, grid_step=64 / SIDE, time_scale=1000.0, qk_norm=True)
     model = MaskedTransformer(cfg).init_weights()
     if arm == "learned-order":
-        model.log_w = nn.Parameter(model.log_w)
+        model.log_w = torch.nn.Parameter(model.log_w)
     return model, None, []
 
 
@@ -90,8 +89,7 @@ def train(flags):
         restore(state, model, second, average, optimizers)
         first = state["step"]
     write_jsonl(out / "log.jsonl", [line for line in finished(out / "log.jsonl") if line["step"] <= first])
-    name = f"{flags.arm} {flags.seed}"
-    for step in (bar := tqdm(range(first, flags.steps), name, flags.steps, initial=first)):
+    for step in (bar := tqdm(range(first, flags.steps), flags.arm, flags.steps, initial=first)):
         for optimizer, full_rate in zip(optimizers, flags.rates):
             for group in optimizer.param_groups:
                 group["lr"] = full_rate * learning_rate(step, flags.steps, warmup=50)
@@ -100,7 +98,7 @@ def train(flags):
         batch = make_batch(data, indices, WORDS, P, flags.seed, p_drop=0, p_plan=0, p_masked_source=0)
         loss = flags.loss(model, *others, quantise(batch.x1), batch.condition, generator)
         loss.backward()
-        nn.utils.clip_grad_norm_(updated, 1.0)
+        torch.nn.utils.clip_grad_norm_(updated, 1.0)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -133,17 +131,18 @@ def is_exact(sample, x):
 
 
 def score(model, samples, seed, sampler):
-    """-> the share that is exact, forwards an image, bits of entropy of the codes drawn (less: more alike)"""
-    exact, forwards, drawn = [], [], []
+    """-> the share that is exact; forwards and steps an image; bits of entropy of the codes drawn"""
+    exact, forwards, changes, drawn = [], [], [], []
     for begin in range(0, len(samples), 128):
         some = samples[begin:begin + 128]
         generator = torch.Generator().manual_seed((10**6 * seed + begin) % 2**63)
         steps, own = sampler(model, encode(model, some), len(some), generator)      # [(B, N)], (B,)
         exact += [is_exact(sample, x) for sample, x in zip(some, model.images(steps[-1]))]
         forwards += own.tolist()
+        changes += [(a != b).any(dim=1).sum().item() for a, b in pairwise(steps)]
         drawn.append(steps[-1])
     return {"exact": sum(exact) / len(exact), "forwards": sum(forwards) / len(forwards),
-            "bits": entropy(torch.cat(drawn))}
+            "steps": 1 + sum(changes) / len(exact), "bits": entropy(torch.cat(drawn))}
 
 
 def entropy(codes):
@@ -182,7 +181,7 @@ def samplers(flags):
     arms = {f"{order}-{n}": partial(unmask, steps=n, order=order)
             for order in ("confidence", "random") for n in STEPS}
     arms |= {f"correction-{n}": partial(unmask, steps=n, remask=REMASK) for n in STEPS[2:]}
-    arms |= {f"punt-{eps}": partial(punt, eps=eps) for eps in EPS}
+    arms |= {f"punt-{eps}": partial(punt, eps=eps) for eps in (0.003, 0.03, 0.3, 3.0)}     # nats
     result = {arm: {kind: score(model, sets[kind], flags.seed, sampler) for kind in sets}
               for arm, sampler in tqdm(arms.items(), f"samplers {flags.seed}")}
     return {**result, "checked": {"found": found(model, sets["captions"])}}

@@ -247,9 +247,8 @@ def unmask(model, cache, B, generator, steps, order="confidence", remask=(0, 0, 
     remask: FreeCorrection (2602.02927). A decided token's confidence is its probability given itself and all
     others, averaged over the steps since it was revealed. From 40 % of the steps on each masks the remask[0]
     least confident again, from 60 and 80 % [1] and [2]; as many more are revealed, and their history ends."""
-    codes = torch.full((B, N), model.mask)
+    codes, result = torch.full((B, N), model.mask), []
     total, times = torch.zeros(2, B, N)                                 # sum of the confidences, their number
-    result = []
     for step in range(1, steps + 1):
         masked = codes == model.mask                                                # (B, N)
         p = model.log_p(codes, cache).exp()                                         # (B, N, K)
@@ -271,13 +270,12 @@ def unmask(model, cache, B, generator, steps, order="confidence", remask=(0, 0, 
 
 
 def punt(model, cache, B, generator, eps):
-    """PUNT (2510.21961): reveal at once only what is independent -> [codes (B, N)], forwards (B,).
+    """PUNT (2510.21961): reveal at once only what is independent -> [codes (B, N) by step], forwards (B,).
 
     Masked tokens are ranked by confidence. For each bit of the rank, from the highest, those kept that have
     bit 0 are shown, as anchors; one with bit 1 is kept unless KL(p(x_i | x) || p(x_i | x, anchors)) > eps.
     Two ranks differ in a highest bit: there the less confident is tested with the other shown."""
-    codes = torch.full((B, N), model.mask)
-    forwards = torch.zeros(B)
+    codes, forwards, result = torch.full((B, N), model.mask), torch.zeros(B), []
     while (masked := codes == model.mask).any():
         log_p = model.log_p(codes, cache)                                           # (B, N, K)
         drawn = draw(log_p.exp(), generator)
@@ -292,7 +290,8 @@ def punt(model, cache, B, generator, eps):
             kept = kept & ~(later & (kl > eps))
         forwards += (number > 0) + number.clamp(min=1).log2().ceil()
         codes = torch.where(kept, drawn, codes)
-    return [codes], forwards
+        result.append(codes)
+    return result, forwards
 
 
 def one_step(model, cache, B, generator):
