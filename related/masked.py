@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from common.charts import line_charts
-from common.cli import COUNT, SEED, add_command, parser, run_script, utf8_text
+from common.cli import SEED, add_command, parser, run_script, utf8_text
 from common.files import InputError, append, finished, make_folder, write_json, write_jsonl
 from common.images import sheet
 from data import Sample, Words, make_batch, make_condition, make_prompt, to_array, to_tensor
@@ -41,7 +41,7 @@ ARMS = {"teacher": dict(loss=teacher_loss, steps=5000, images=64, captions=0.5, 
         "naive": dict(loss=naive_loss, steps=800, images=64, captions=0.5, **STUDENT)}
 EXAMPLES = {"captions": 512, "choice": 256, "edits": 256}    # held out; choice: add a thing, no word on where
 STEPS = (1, 2, 4, 8, 16)
-REMASK = (2, 1, 1)                        # FreeCorrection's: from 40, 60 and 80 % of the steps on
+REMASK = {"early": (1, 0, 0), "each": (1, 1, 1), "two": (2, 1, 1)}     # FreeCorrection's, see unmask
 
 # ------------------------------------------------------------------------------------------- training
 
@@ -180,7 +180,8 @@ def samplers(flags):
     sets = {kind: held_out(kind, flags.seed, n) for kind, n in EXAMPLES.items()}
     arms = {f"{order}-{n}": partial(unmask, steps=n, order=order)
             for order in ("confidence", "random") for n in STEPS}
-    arms |= {f"correction-{n}": partial(unmask, steps=n, remask=REMASK) for n in STEPS[2:]}
+    arms |= {f"{name}-{n}": partial(unmask, steps=n, remask=remask)
+             for name, remask in REMASK.items() for n in STEPS[2:]}
     arms |= {f"punt-{eps}": partial(punt, eps=eps) for eps in (0.003, 0.03, 0.3, 3.0)}     # nats
     result = {arm: {kind: score(model, sets[kind], flags.seed, sampler) for kind in sets}
               for arm, sampler in tqdm(arms.items(), f"samplers {flags.seed}")}
@@ -204,7 +205,7 @@ def orders(flags):
         result[arm] = {"bits": {**bits, "own": bits[arm]}, "first": model.log_w.softmax(dim=0).tolist()}
     plain = models["one-order"]
     for n in STEPS[2:]:
-        for name, remask in (("confidence", (0, 0, 0)), ("correction", REMASK)):
+        for name, remask in {"confidence": (0, 0, 0), **REMASK}.items():
             sampler = partial(unmask, steps=n, remask=remask)
             result[f"unchecked-{name}-{n}"] = {"captions": score(plain, samples, flags.seed, sampler)}
     return {**result, "unchecked": {"found": found(plain, samples)}}
@@ -236,7 +237,7 @@ def sample(flags):
     samples = held_out("captions", flags.seed, 3) + held_out("choice", flags.seed, 3)
     samples = 4 * [Sample(flags.prompt, None)] if flags.prompt else samples
     generator = torch.Generator().manual_seed(flags.seed)
-    steps, _ = unmask(model, encode(model, samples), len(samples), generator, flags.steps)
+    steps, _ = unmask(model, encode(model, samples), len(samples), generator, steps=8)
     rows = []
     for own, *images in zip(samples, *map(model.images, steps)):
         source = (own.images[0], "source", False) if own.images else None
@@ -266,7 +267,7 @@ def figures(flags):
     if not runs:
         raise InputError("related/results.jsonl has no runs; bash related/all.sh makes them")
     sets = {"captions": "captions", "choice": "add a thing, anywhere", "edits": "edits without a choice"}
-    many = dict(confidence="confidence", random="random order", correction="FreeCorrection", punt="PUNT")
+    many = dict(confidence="confidence", random="random order", early="FreeCorrection", punt="PUNT")
     one = dict(confidence="teacher, by confidence", dimo="Di[M]O", naive="naive distillation")
     for name, arms in (("samplers", many), ("one_step", one)):
         line_charts([(title, "forwards an image", "exact",
@@ -286,7 +287,6 @@ def main():
     add_command(add, compare).add_argument("part", choices=PARTS)
     command = add_command(add, sample)
     command.add_argument("--prompt", type=utf8_text, help="a caption; held-out prompts if not given")
-    command.add_argument("--steps", type=COUNT, default=8)
     command.add_argument("--picture", default="sample.png")
     for command in add.choices.values():
         command.add_argument("--seed", type=SEED, default=0)
