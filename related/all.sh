@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every number and figure of related/README.md, with seeds 0 to 2: about an hour and a half on two cores.
+# Every number and figure of related/README.md, with seeds 0 to 2: two and a half hours on two cores.
 #
 #   bash related/all.sh
 #
@@ -15,7 +15,7 @@ compare() {                                # PART ARM SEED: unless the scores of
 }
 one_seed() {
     local arm
-    for arm in teacher one-order learned-order dimo naive; do
+    for arm in teacher one-order learned-order dimo twice-dimo naive; do
         "$PYTHON" -m related.masked train $arm --seed "$1" || return
     done
     compare samplers checked "$1" && compare orders unchecked "$1" && compare students truth "$1"
