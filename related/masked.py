@@ -277,7 +277,7 @@ def figures(flags):
     shares = torch.tensor([run["first"] for run in learned]).view(-1, SIDE, SIDE, 1)
     images = (255 * (N / 2 * shares).clamp(max=1)).byte().expand(-1, -1, -1, 3).numpy()
     sheet([[(image, f"seed {run['seed']}", False) for image, run in zip(images, learned)]],
-          "related/orders.png", 32, title="how often a token is the first: gray 1/16, white 2/16 or more")
+          "related/orders.png", 40, title="share of orders that begin with a token; gray 1/16, white 2/16")
 
 
 def main():
