@@ -24,7 +24,8 @@ from data import Sample, Words, make_batch, make_condition, make_prompt, to_arra
 from experiments.tables import interval
 from model import Config
 from related.tokens import (SIDE, WORLD, MaskedTransformer, N, P, Scenes, at, dimo_loss, draw_order, held_out,
-                            naive_loss, one_step, order_loss, punt, quantise, teacher_loss, unmask)
+                            naive_loss, one_step, order_loss, punt, quantise, student_input, teacher_loss,
+                            unmask)
 from scale.checkpoints import config_of, read_checkpoint, restore, save_checkpoint
 from toy.oracle import judge
 from toy.world import world_words
@@ -212,12 +213,19 @@ def orders(flags):
     return {**result, "unchecked": {"found": found(plain, samples)}}
 
 
+def undecided(model, samples):
+    """Bits of entropy of a token in a student's one step, the mean: what its start has not decided."""
+    codes = student_input(len(samples), model.mask, torch.Generator().manual_seed(0))
+    log_p = model.log_p(codes, encode(model, samples))                              # (B, N, K)
+    return -(log_p.exp() * log_p).sum(dim=2).mean().item() / math.log(2)
+
+
 def students(flags):
     """The students in one step, and the entropy of the codes of true images."""
     sets = {kind: held_out(kind, flags.seed, n) for kind, n in EXAMPLES.items()}
     models = {arm: load(arm, flags) for arm in ("dimo", "twice-dimo", "naive")}
-    result = {arm: {kind: score(model, sets[kind], flags.seed, one_step) for kind in sets}
-              for arm, model in models.items()}
+    result = {arm: {kind: score(model, own, flags.seed, one_step) | {"undecided": undecided(model, own)}
+                    for kind, own in sets.items()} for arm, model in models.items()}
     return {**result, "truth": {kind: {"bits": entropy(true_codes(sets[kind]))} for kind in sets}}
 
 
