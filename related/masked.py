@@ -275,8 +275,7 @@ def figures(flags):
     runs = [run for _, run in rows_of("related/results.jsonl")]
     sets = {"captions": "captions", "choice": "add a thing, anywhere", "edits": "edits without a choice"}
     many = dict(confidence="confidence", random="random order", early="FreeCorrection", punt="PUNT")
-    one = {"confidence": "teacher, by confidence", "dimo": "Di[M]O", "twice-dimo": "Di[M]O, twice the steps",
-           "naive": "naive distillation"}
+    one = dict(confidence="teacher, by confidence", dimo="Di[M]O", naive="naive distillation")
     for name, arms in (("samplers", many), ("one_step", one)):
         line_charts([(title, "forwards an image", "exact",
                       {label: points(runs, arm, kind) for arm, label in arms.items()})
