@@ -1,7 +1,7 @@
 """Train and compare the systems of related/tokens.py on the toy world.
 
     python -m related.masked train teacher                    out/related/teacher/0; most others need it
-    python -m related.masked sample --prompt "a red circle"   images as their tokens are revealed
+    python -m related.masked sample --prompt "a green circle" images as their tokens are revealed
     python -m related.masked compare samplers                 scores, in out/related/ARM/0/result.json
     python -m related.masked figures                          the figures of related/README.md
 
